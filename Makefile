@@ -1,0 +1,59 @@
+# `make demo` and `make test` build their own virtual environment in .venv on first use.
+# PYTHON=python3.12 chooses the interpreter of a new one; WORKERS and PYTEST_ARGS go to pytest.
+
+PYTHON ?= python3
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
+# Tests read no network; one thread per worker, so that the workers do not oversubscribe the cores.
+TEST_ENV := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 \
+	TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(VENV)/.stamp-run  ## quantize the shipped model and print what it costs and gains
+	$(BIN)/arc-ao demo
+
+test: lint  ## style checks, then all tests
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+lint: $(VENV)/.stamp-test  ## style checks alone
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.stamp-test  ## mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environment, builds and caches
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis demo_output
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "error: arc_ao needs Python 3.11 or newer; '$(PYTHON) --version' says:" \
+			"$$($(PYTHON) --version 2>&1 | head -n 1)" >&2; \
+		echo "Name another interpreter, such as: make PYTHON=/path/to/python3.12 demo" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+
+# torch comes first and alone: pip then takes the build that its configuration prefers (such as the
+# CPU wheel), and everything installed afterwards finds its torch requirement met.
+$(VENV)/.stamp-torch: constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) torch
+	@touch $@
+
+$(VENV)/.stamp-run: $(VENV)/.stamp-torch pyproject.toml setup.py
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+$(VENV)/.stamp-test: $(VENV)/.stamp-run
+	$(PIP_INSTALL) -e '.[test,dev]'
+	@touch $@

@@ -1,0 +1,1 @@
+"""Statistics of the inputs of linears: observing, sharing, merging."""

@@ -1,0 +1,86 @@
+"""Calibration data: anything iterable becomes a list of keyword dicts that the model takes."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+Batch = dict[str, Any]
+
+
+def to_batches(
+    data: Iterable[Any], tokenizer: Any = None, max_length: int = 512
+) -> list[Batch | Tensor]:
+    """Read `data` once into a list.
+
+    Args:
+        data: tensors of input ids [B, T] or [T] (or whatever tensor the model takes), keyword
+            dicts, or strings.
+        tokenizer: Hugging Face tokenizer, for strings.
+        max_length: strings are cut after this many tokens.
+
+    Raises:
+        TypeError: an element of another type. ValueError: no element, or strings without a
+            tokenizer.
+    """
+    if isinstance(data, (str, bytes, Mapping, Tensor)):
+        raise TypeError(
+            f"calibration_data must be an iterable of tensors, dicts or strings, got one "
+            f"{type(data).__name__}; put it into a list"
+        )
+    batches = [_to_batch(item, i, tokenizer, max_length) for i, item in enumerate(data)]
+    if not batches:
+        raise ValueError("calibration_data is empty; expected at least one batch")
+    return batches
+
+
+def _to_batch(item: Any, index: int, tokenizer: Any, max_length: int) -> Batch | Tensor:
+    if isinstance(item, Tensor):
+        integral = not item.is_floating_point() and item.dim() == 1
+        return item.unsqueeze(0) if integral else item
+    if isinstance(item, Mapping):
+        return dict(item)
+    if isinstance(item, str):
+        if tokenizer is None:
+            raise ValueError(
+                "calibration_data holds strings; pass tokenizer=, or pass input ids instead"
+            )
+        return dict(tokenizer(item, truncation=True, max_length=max_length, return_tensors="pt"))
+    raise TypeError(
+        f"calibration_data[{index}] is a {type(item).__name__}; expected a tensor, a keyword dict "
+        "or a string"
+    )
+
+
+def run_model(model: nn.Module, batch: Batch | Tensor) -> Any:
+    """model(batch) without gradients, the batch moved to the model's device."""
+    parameter = next(model.parameters(), None)
+    device = parameter.device if parameter is not None else torch.device("cpu")
+    with torch.no_grad():
+        if isinstance(batch, Tensor):
+            return model(batch.to(device))
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        return model(**moved)
+
+
+def num_tokens(batch: Batch | Tensor) -> int:
+    """Tokens in a batch: elements of its input ids (or of its leading tensor, rows)."""
+    if isinstance(batch, Tensor):
+        return batch.numel() if not batch.is_floating_point() else batch[..., 0].numel()
+    ids = batch.get("input_ids")
+    return ids.numel() if ids is not None else max(num_tokens(v) for v in batch.values())
+
+
+def calibrate(
+    model: nn.Module, batches: Iterable[Batch | Tensor], *, progress: bool = True
+) -> None:
+    """Run a prepared model over `batches` in evaluation mode, with a progress bar."""
+    training = model.training
+    model.eval()
+    try:
+        for batch in tqdm(batches, desc="calibrate", disable=not progress, leave=False):
+            run_model(model, batch)
+    finally:
+        model.train(training)

@@ -1,0 +1,137 @@
+"""ARCObserver: O(K) statistics of what a linear reads.
+
+Per input channel k, over all calibration tokens: the largest magnitude, the sum of squares, and
+the sum of squared errors of plain NVFP4 (one outer scale per token). The errors depend on which
+channels share a block, so they are kept for each channel order that the layer may get; for "amax"
+that is the order of the amax seen so far, which settles after the first batches. Buffers merge
+across batches (`observe`), copies (`merge`) and processes (`all_reduce`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from arc_ao.formats import nvfp4
+
+ROWS_AT_ONCE = 4096  # bounds the fp32 temporaries of one update
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """Statistics of one input, all fp32 [K] in the natural channel order."""
+
+    amax: Tensor  # largest magnitude
+    mean_square: Tensor  # E[x^2]
+    mean_error: Tensor  # E[(x - Q(x))^2] with blocks formed in `order`
+    order: Tensor | None  # int32 [K] permutation, None for the natural order
+
+
+def sorted_order(amax: Tensor) -> Tensor:
+    """Channels by decreasing amax (int32 [K]); equal ones stay in their natural order."""
+    return torch.argsort(amax, descending=True, stable=True).int()
+
+
+class ARCObserver(nn.Module):
+    """Running statistics of the input of a linear.
+
+    Args:
+        in_features: K.
+        channel_orders: orders in which blocks may be formed, of "none" and "amax".
+        name: fully qualified name of the layer, for messages.
+    """
+
+    def __init__(
+        self, in_features: int, channel_orders: Sequence[str] = ("none",), name: str = ""
+    ) -> None:
+        super().__init__()
+        self.channel_orders = tuple(channel_orders)
+        self.name = name
+        self.register_buffer("amax", torch.zeros(in_features))
+        self.register_buffer("square_sum", torch.zeros(in_features, dtype=torch.float64))
+        orders = len(self.channel_orders)
+        self.register_buffer("error_sum", torch.zeros(orders, in_features, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        """Add the tokens of x [*, K].
+
+        Raises:
+            ValueError: x holds NaN or Inf, naming the layer; the statistics are unchanged.
+        """
+        rows = x.detach().reshape(-1, x.shape[-1])
+        if not torch.isfinite(rows).all():
+            raise ValueError(
+                f"{self.name}: calibration input holds NaN or Inf; statistics of it would be "
+                "meaningless. Check the model's dtype and the calibration data"
+            )
+        if rows.shape[0]:
+            torch.maximum(self.amax, rows.abs().amax(0).float(), out=self.amax)
+        orders = [self._order(name) for name in self.channel_orders]
+        for chunk in rows.split(ROWS_AT_ONCE):
+            self.square_sum += chunk.double().square().sum(0)
+            for total, order in zip(self.error_sum, orders, strict=True):
+                total += plain_error(chunk.float(), order).double().sum(0)
+        self.count += rows.shape[0]
+
+    def merge(self, other: "ARCObserver") -> None:
+        """Add the tokens that `other` saw."""
+        torch.maximum(self.amax, other.amax, out=self.amax)
+        self.square_sum += other.square_sum
+        self.error_sum += other.error_sum
+        self.count += other.count
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
+        """Merge over the processes of `group`: amax by maximum, sums by addition."""
+        dist.all_reduce(self.amax, op=dist.ReduceOp.MAX, group=group)
+        for total in (self.square_sum, self.error_sum, self.count):
+            dist.all_reduce(total, op=dist.ReduceOp.SUM, group=group)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        for buffer in self.buffers():
+            buffer.zero_()
+
+    def statistics(self, channel_order: str = "none") -> InputStatistics:
+        """What was observed, for blocks formed in `channel_order`.
+
+        Raises:
+            ValueError: nothing was observed, or not in this order, naming the layer.
+        """
+        if channel_order not in self.channel_orders:
+            raise ValueError(
+                f"{self.name}: expected statistics for channel_order {channel_order!r}, found "
+                f"{self.channel_orders}; use the same channel_order in prepare and convert"
+            )
+        if self.count == 0:
+            raise ValueError(
+                f"{self.name}: expected calibration tokens, found none; run the prepared model on "
+                "calibration data before convert, or exclude the layer"
+            )
+        index = self.channel_orders.index(channel_order)
+        return InputStatistics(
+            amax=self.amax.float(),
+            mean_square=(self.square_sum / self.count).float(),
+            mean_error=(self.error_sum[index] / self.count).float(),
+            order=self._order(channel_order),
+        )
+
+    def _order(self, name: str) -> Tensor | None:
+        return sorted_order(self.amax) if name == "amax" else None
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.amax.shape[0]}, channel_orders={self.channel_orders}"
+
+
+def plain_error(rows: Tensor, order: Tensor | None = None) -> Tensor:
+    """(x - Q(x))^2 of rows [M, K] in plain NVFP4 with one outer scale a row, blocks in `order`."""
+    ordered = rows if order is None else rows.index_select(1, order)
+    amax = ordered.abs().amax(1, keepdim=True)
+    blocks = nvfp4.to_blocks(ordered * nvfp4.inverse_outer_scale(amax))  # [M, K/16, 16]
+    codes, scale = nvfp4.quantize_blocks(blocks)
+    residual = (blocks - nvfp4.decode_blocks(codes, scale)).flatten(1)[:, : rows.shape[1]]
+    error = (residual * nvfp4.outer_scale(amax)).square_()
+    return error if order is None else torch.empty_like(error).index_copy_(1, order.long(), error)

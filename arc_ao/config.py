@@ -1,0 +1,180 @@
+"""ARCConfig: what to quantize to, how much to spend on correction, and what to measure."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torchao.core.config import AOBaseConfig
+
+from arc_ao.formats.nvfp4 import BLOCK_SIZE
+
+ChannelOrder = Literal["none", "amax"]
+Granularity = Literal["block", "channel"]
+Selection = Literal["energy", "threshold"]
+Recipe = Literal["auto", "balanced", "paper", "plain"]
+Step = Literal["prepare", "convert", "prepare_for_loading"]
+
+# What a recipe fills in where the user left a field None. "auto" measures these fields on the
+# calibration data; where that is impossible (the three-step flow) it falls back to "balanced".
+RECIPES: dict[str, dict[str, Any]] = {
+    "balanced": {
+        "selection": "energy",
+        "channel_order": "none",
+        "granularity": "block",
+        "exchange_rate": 1.0,
+        "four_over_six": False,
+        "weight_scale": "mse",
+        "activation_scale": "token",
+    },
+    "paper": {
+        "selection": "threshold",
+        "channel_order": "amax",
+        "granularity": "block",
+        "exchange_rate": 0.0,
+        "four_over_six": False,
+        "weight_scale": "amax",
+        "activation_scale": "tensor",
+    },
+    "plain": {
+        "selection": "energy",
+        "channel_order": "none",
+        "granularity": "block",
+        "exchange_rate": 1.0,
+        "four_over_six": False,
+        "weight_scale": "amax",
+        "activation_scale": "token",
+    },
+}
+SEARCHED_FIELDS = ("channel_order", "granularity", "exchange_rate", "four_over_six")
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "recipe": ("auto", *RECIPES),
+    "selection": ("energy", "threshold", None),
+    "channel_order": ("none", "amax", None),
+    "granularity": ("block", "channel", None),
+    "weight_scale": ("amax", "mse", "four_over_six", None),
+    "activation_scale": ("token", "tensor", "static", None),
+    "step": ("prepare", "convert", "prepare_for_loading", None),
+}
+
+
+@dataclass
+class ARCConfig(AOBaseConfig):
+    """NVFP4 W4A4 with augmented residual channels (ARCQuant, arXiv 2601.07475).
+
+    Fields left None are measured on the calibration data (`recipe="auto"`) or filled in by the
+    named recipe.
+
+    Args:
+        budget: extra channels over in_features, model-wide and weighted by out_features; blocks of
+            all layers compete for it. 0 is plain NVFP4. None, with selection "threshold": the
+            paper's rule (channels with amax > 2^-3 of the layer's, rounded up to 64).
+        recipe: "auto" (measure), "balanced" (no search, no reordering), "paper" (ARCQuant as
+            published: sorted channels, activation residuals, amax scales), "plain" (amax scales).
+        selection: rank blocks by the output error they remove ("energy") or by amax ("threshold").
+        channel_order: "none", or "amax" for a per-layer sort of the channels at run time.
+        granularity: activation residuals of 16-channel blocks ("block", nothing extra stored) or
+            of single channels gathered into blocks ("channel").
+        exchange_rate: worth of removed weight error against removed activation error; 0 keeps
+            activation residuals only, "inf" weight residuals only.
+        num_act_channels, num_weight_channels: residual channels of each kind for every layer,
+            instead of a budget; multiples of 16.
+        weight_scale: block scales of weights: "amax", "mse" (searched, weighted by E[x^2]),
+            "four_over_six".
+        activation_scale: outer scale of activations: "token" (one per row), "tensor", "static"
+            (calibrated constant).
+        four_over_six: choose each activation block's scale between amax/6 and amax/4.
+        pad_in_features: pad in_features that are not a multiple of 16 instead of skipping the
+            layer.
+        step: None (one call), or torchao's steps "prepare", "convert", "prepare_for_loading".
+
+    Raises:
+        ValueError: a field outside its choices, naming the field and the choices.
+    """
+
+    budget: float | None = 0.06
+    recipe: Recipe = "auto"
+    selection: Selection | None = None
+    channel_order: ChannelOrder | None = None
+    granularity: Granularity | None = None
+    exchange_rate: float | str | None = None
+    num_act_channels: int | None = None
+    num_weight_channels: int | None = None
+    weight_scale: Literal["amax", "mse", "four_over_six"] | None = None
+    activation_scale: Literal["token", "tensor", "static"] | None = None
+    four_over_six: bool | None = None
+    pad_in_features: bool = False
+    step: Step | None = None
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        for field, choices in CHOICES.items():
+            value = getattr(self, field)
+            if value not in choices:
+                raise ValueError(f"ARCConfig.{field} must be one of {choices}, got {value!r}")
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        if self.budget is None:
+            if "threshold" not in (self.selection, self._recipe_value("selection")):
+                raise ValueError(
+                    "ARCConfig.budget=None is the paper's rule and needs selection='threshold'; "
+                    "give a budget such as 0.06 otherwise"
+                )
+        elif not 0 <= self.budget <= 2:
+            raise ValueError(
+                f"ARCConfig.budget is extra channels over in_features, expected 0 to 2, got "
+                f"{self.budget}"
+            )
+        if self.exchange_rate is not None and not float(self.exchange_rate) >= 0:
+            raise ValueError(f"ARCConfig.exchange_rate must be >= 0, got {self.exchange_rate}")
+        for field in ("num_act_channels", "num_weight_channels"):
+            value = getattr(self, field)
+            if value is not None and (value < 0 or value % BLOCK_SIZE):
+                raise ValueError(
+                    f"ARCConfig.{field} must be a non-negative multiple of {BLOCK_SIZE}, got "
+                    f"{value}"
+                )
+
+    def _recipe_value(self, field: str) -> Any:
+        return RECIPES.get(self.recipe, RECIPES["balanced"])[field]
+
+    @property
+    def explicit(self) -> bool:
+        """True where the numbers of residual channels are given instead of a budget."""
+        return self.num_act_channels is not None or self.num_weight_channels is not None
+
+    @property
+    def has_residuals(self) -> bool:
+        """True where any layer may get residual channels."""
+        if self.explicit:
+            return bool(self.num_act_channels or self.num_weight_channels)
+        return self.budget is None or self.budget > 0
+
+    @property
+    def searched(self) -> list[str]:
+        """Fields that `recipe="auto"` measures: the None ones, where there is a budget to spend."""
+        if self.recipe != "auto":
+            return []
+        fields = SEARCHED_FIELDS if self.has_residuals else ("channel_order", "four_over_six")
+        return [field for field in fields if getattr(self, field) is None]
+
+    @property
+    def needs_calibration(self) -> bool:
+        """False where only weights matter: no residuals, nothing to measure, dynamic scales."""
+        resolved = self.resolve()
+        static = resolved.activation_scale == "static"
+        return self.has_residuals or static or resolved.channel_order == "amax"
+
+    def resolve(self, **measured: Any) -> "ARCConfig":
+        """Copy without None fields: `measured` values first, then the recipe's."""
+        fields = RECIPES.get(self.recipe, RECIPES["balanced"])
+        values = {
+            name: measured.get(name, default)
+            for name, default in fields.items()
+            if getattr(self, name) is None
+        }
+        return dataclasses.replace(self, **values)
+
+    def with_step(self, step: Step | None) -> "ARCConfig":
+        """Copy for one of torchao's steps."""
+        return dataclasses.replace(self, step=step)

@@ -1,0 +1,29 @@
+"""Quality of a quantized model: output divergence and perplexity."""
+
+from arc_ao.eval.divergence import (
+    cosine_divergence,
+    is_logits,
+    kl_divergence,
+    model_output,
+    output_divergence,
+)
+from arc_ao.eval.perplexity import (
+    TextMetrics,
+    evaluate_text,
+    evaluation_mode,
+    read_jsonl,
+    read_text,
+)
+
+__all__ = [
+    "TextMetrics",
+    "cosine_divergence",
+    "evaluate_text",
+    "evaluation_mode",
+    "is_logits",
+    "kl_divergence",
+    "model_output",
+    "output_divergence",
+    "read_jsonl",
+    "read_text",
+]

@@ -1,0 +1,1 @@
+"""Number formats. `nvfp4` is the bit-level contract that every backend reproduces."""

@@ -1,0 +1,231 @@
+"""NVFP4 in eager PyTorch: the bit-level meaning that every kernel of arc_ao reproduces.
+
+A tensor [..., K] is cut into blocks of 16 along K. Element, block and outer level:
+
+    x[..., k] ~ q[..., k] * s[..., k // 16] * outer          q in e2m1, s in e4m3, outer in fp32
+
+    inv = 2688 / amax                 one IEEE division per token or tensor; 2688 = 6 * 448
+    xs  = x * inv                     amax below 2^-116 counts as zero (inv = outer = 0)
+    s   = e4m3(amax_block(xs) * (1/6))          clamped to [2^-9, 448]: never 0, subnormals used
+    q   = e2m1(xs * (1/s))                      nearest, ties to even code, saturating at 6
+    r   = xs - q * s                            q * s is exact, so FMA contraction changes no bit
+    outer = amax / 2688                         multiplies on dequantize
+
+All steps are fp32. Element 2i lies in the low nibble of byte i, 2i+1 in the high one; the sign is
+bit 3, kept on zeros. A block that holds NaN or Inf gets the scale NaN (0x7f) and codes 0, so that
+its token dequantizes to NaN and never to a finite number.
+
+Scales travel as uint8 (the bits of float8_e4m3fn). `swizzle_scales` is the 128x4 tiling that
+Blackwell reads (PTX ISA, tcgen05 block scaling; CUTLASS Sm1xxBlockScaledConfig).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK_SIZE = 16
+F4_E2M1_MAX = 6.0
+F8_E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max  # 448
+F8_E4M3_MIN = 2.0**-9  # smallest subnormal
+NVFP4_MAX = F4_E2M1_MAX * F8_E4M3_MAX  # 2688
+# Four-over-six maps the largest value to 6 * 256, which leaves room for scales 1.5 times larger.
+FOUR_OVER_SIX_MAX = F4_E2M1_MAX * 256.0
+TINY_AMAX = 2.0**-116  # 2688 / TINY_AMAX is still finite in fp32
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E4M3_NAN = 0x7F
+
+
+class QuantizedBlocks(NamedTuple):
+    """Codes and decoded block scales of a blocked tensor, before packing."""
+
+    codes: Tensor  # uint8 [..., K/16, 16], values 0..15
+    scale: Tensor  # fp32 [..., K/16], every value representable in e4m3
+
+
+def divide(numerator: float, x: Tensor) -> Tensor:
+    """numerator / x as one IEEE division (`2688 / x` in PyTorch rounds twice)."""
+    return torch.full_like(x, numerator) / x
+
+
+def inverse_outer_scale(amax: Tensor, largest: float = NVFP4_MAX) -> Tensor:
+    """Quantize-side multiplier `largest / amax`, fp32, 0 where amax counts as zero."""
+    return torch.where(amax < TINY_AMAX, torch.zeros_like(amax), divide(largest, amax))
+
+
+def outer_scale(amax: Tensor, largest: float = NVFP4_MAX) -> Tensor:
+    """Dequantize-side multiplier `amax / largest`, fp32, 0 where amax counts as zero."""
+    scale = amax / torch.full_like(amax, largest)
+    return torch.where(amax < TINY_AMAX, torch.zeros_like(amax), scale)
+
+
+def to_blocks(x: Tensor) -> Tensor:
+    """View [..., K] as blocks [..., ceil(K/16), 16]; a ragged K is padded with zeros."""
+    padding = -x.shape[-1] % BLOCK_SIZE
+    if padding:
+        x = F.pad(x, (0, padding))
+    return x.unflatten(-1, (-1, BLOCK_SIZE))  # [..., K/16, 16]
+
+
+def round_to_e4m3(x: Tensor) -> Tensor:
+    """Nearest e4m3 value in [2^-9, 448] of a non-negative fp32 tensor; NaN and Inf give NaN."""
+    rounded = x.clamp(F8_E4M3_MIN, F8_E4M3_MAX).to(torch.float8_e4m3fn).float()
+    return torch.where(torch.isfinite(x), rounded, torch.nan)
+
+
+def block_scale(blocks: Tensor, block_max: float = F4_E2M1_MAX) -> Tensor:
+    """Scale [..., K/16] that maps each block's amax to `block_max` (6, or 4 in four-over-six)."""
+    factor = torch.tensor(1.0 / block_max, dtype=torch.float32, device=blocks.device)
+    return round_to_e4m3(blocks.abs().amax(-1) * factor)
+
+
+def e2m1_index(magnitude: Tensor) -> Tensor:
+    """Index 0..7 (int32) of the e2m1 magnitude nearest to `magnitude` >= 0, ties to even."""
+    return torch.bucketize(magnitude, _rounding_bounds(magnitude.device), out_int32=True)
+
+
+def encode_e2m1(v: Tensor) -> Tensor:
+    """4-bit codes (uint8, 0..15) of fp32 `v`: sign in bit 3, magnitude index below; NaN gives 0."""
+    codes = e2m1_index(v.abs()).to(torch.uint8)
+    codes |= torch.signbit(v).to(torch.uint8) << 3
+    return codes.masked_fill_(torch.isnan(v), 0)
+
+
+def decode_e2m1(codes: Tensor) -> Tensor:
+    """fp32 values of 4-bit codes (uint8, 0..15)."""
+    return _code_values(codes.device)[codes.int()]
+
+
+def decode_e4m3(bits: Tensor) -> Tensor:
+    """fp32 values of e4m3 bits (uint8)."""
+    return bits.view(torch.float8_e4m3fn).float()
+
+
+def encode_e4m3(scale: Tensor) -> Tensor:
+    """e4m3 bits (uint8) of values that are representable; NaN gives 0x7f."""
+    return scale.to(torch.float8_e4m3fn).view(torch.uint8) & 0x7F
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Codes [..., K] (K even) to bytes [..., K/2]: element 2i in the low nibble of byte i."""
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def unpack(qdata: Tensor) -> Tensor:
+    """Bytes [..., K/2] to codes [..., K]."""
+    return torch.stack((qdata & 0xF, qdata >> 4), dim=-1).flatten(-2)
+
+
+def encode_blocks(blocks: Tensor, scale: Tensor) -> Tensor:
+    """Codes [..., K/16, 16] of `blocks` under block scales `scale` [..., K/16]."""
+    return encode_e2m1(blocks * scale.reciprocal().unsqueeze(-1))
+
+
+def decode_blocks(codes: Tensor, scale: Tensor) -> Tensor:
+    """q * s [..., K/16, 16] in fp32, exact."""
+    return decode_e2m1(codes) * scale.unsqueeze(-1)
+
+
+def quantize_blocks(blocks: Tensor, *, four_over_six: bool = False) -> QuantizedBlocks:
+    """Quantize outer-scaled blocks [..., K/16, 16] with amax scales, or four-over-six.
+
+    Four-over-six (arXiv 2512.02010) tries the scales that map the block's amax to 6 and to 4 and
+    keeps the second only where its squared error is strictly less.
+    """
+    scale = block_scale(blocks)
+    codes = encode_blocks(blocks, scale)
+    if not four_over_six:
+        return QuantizedBlocks(codes, scale)
+    wide_scale = block_scale(blocks, block_max=4.0)
+    wide_codes = encode_blocks(blocks, wide_scale)
+    wide = squared_error(blocks, wide_codes, wide_scale) < squared_error(blocks, codes, scale)
+    return QuantizedBlocks(
+        torch.where(wide.unsqueeze(-1), wide_codes, codes), torch.where(wide, wide_scale, scale)
+    )
+
+
+def squared_error(blocks: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """Squared error per block [..., K/16], summed as a tree of halves: the same everywhere."""
+    error = blocks - decode_blocks(codes, scale)
+    total = error * error
+    while total.shape[-1] > 1:
+        half = total.shape[-1] // 2
+        total = total[..., :half] + total[..., half:]
+    return total.squeeze(-1)
+
+
+def quantize(
+    x: Tensor, *, amax: Tensor | None = None, four_over_six: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize x [..., K] with one outer scale per tensor.
+
+    Args:
+        x: floating point, any leading shape; K is padded with zeros to a multiple of 16.
+        amax: fp32 [] that sets the outer scale, default the largest magnitude of `x`.
+        four_over_six: choose each block's scale between amax/6 and amax/4.
+
+    Returns:
+        qdata uint8 [..., K/2], scale uint8 [..., K/16] (e4m3 bits), outer scale fp32 [].
+    """
+    x = x.float()
+    if amax is None:
+        amax = x.abs().amax() if x.numel() else x.new_zeros(())
+    largest = FOUR_OVER_SIX_MAX if four_over_six else NVFP4_MAX
+    blocks = to_blocks(x * inverse_outer_scale(amax, largest))
+    codes, scale = quantize_blocks(blocks, four_over_six=four_over_six)
+    return pack(codes.flatten(-2)), encode_e4m3(scale), outer_scale(amax, largest)
+
+
+def dequantize(
+    qdata: Tensor, scale: Tensor, outer: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Inverse of `quantize`: [..., K/2] bytes and [..., K/16] scales to [..., K] in `dtype`."""
+    return (decode(qdata, scale) * outer).to(dtype)
+
+
+def decode(qdata: Tensor, scale: Tensor) -> Tensor:
+    """q * s [..., K] in fp32, without the outer scale; every value is exact in bf16 too."""
+    values = _byte_values(qdata.device)[qdata.int()]  # [..., K/2, 2]
+    blocks = values.flatten(-2).unflatten(-1, (-1, BLOCK_SIZE))  # [..., K/16, 16]
+    return (blocks * decode_e4m3(scale).unsqueeze(-1)).flatten(-2)
+
+
+def swizzle_scales(scale: Tensor) -> Tensor:
+    """Row-major scales [M, K/16] to the 128x4 tiled layout, flat, padded with zeros.
+
+    Scale (m, b) lies in tile (m // 128, b // 4) of 512 bytes at offset
+    (m % 32) * 16 + (m % 128 // 32) * 4 + b % 4; tiles are row-major.
+    """
+    rows, cols = scale.shape
+    padded = F.pad(scale, (0, -cols % 4, 0, -rows % 128))
+    tiles = padded.view(math.ceil(rows / 128), 4, 32, math.ceil(cols / 4), 4)
+    return tiles.permute(0, 3, 2, 1, 4).reshape(-1)
+
+
+def unswizzle_scales(swizzled: Tensor, rows: int, cols: int) -> Tensor:
+    """Inverse of `swizzle_scales`: [rows, cols], padding dropped."""
+    row_tiles, col_tiles = math.ceil(rows / 128), math.ceil(cols / 4)
+    tiles = swizzled.view(row_tiles, col_tiles, 32, 4, 4).permute(0, 3, 2, 1, 4)
+    return tiles.reshape(row_tiles * 128, col_tiles * 4)[:rows, :cols].contiguous()
+
+
+def _rounding_bounds(device: torch.device) -> Tensor:
+    """fp32 [7]: index i ends at bound i, inclusive. A tie belongs to the even neighbour, so the
+    bounds below an even index are the largest float under the tie."""
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    below = torch.nextafter(ties, torch.zeros(()))
+    upper_is_even = torch.tensor([False, True, False, True, False, True, False])
+    return torch.where(upper_is_even, below, ties).to(device)
+
+
+def _code_values(device: torch.device) -> Tensor:
+    """fp32 [16]: value of each 4-bit code."""
+    magnitudes = torch.tensor(E2M1_VALUES, dtype=torch.float32)
+    return torch.cat((magnitudes, -magnitudes)).to(device)
+
+
+def _byte_values(device: torch.device) -> Tensor:
+    """fp32 [256, 2]: the two values in each packed byte, low nibble first."""
+    return decode_e2m1(unpack(torch.arange(256, dtype=torch.uint8).unsqueeze(-1))).to(device)

@@ -1,0 +1,1 @@
+"""Bridges to Hugging Face transformers, safetensors and lm-eval."""

@@ -1,0 +1,56 @@
+"""Empty ARCTensors of the shapes a checkpoint has, and the configs that describe them."""
+
+import torch
+from torch import Tensor, nn
+
+from arc_ao.config import ARCConfig
+from arc_ao.formats.nvfp4 import BLOCK_SIZE
+from arc_ao.tensor import ARCTensor
+
+
+def empty_tensor(module: nn.Linear, config: ARCConfig) -> ARCTensor:
+    """Zero ARCTensor of the shape that `config` describes, to copy a checkpoint into.
+
+    `num_act_channels` and `num_weight_channels` count the residual channels; `granularity`,
+    `channel_order` and `activation_scale` say which optional tensors exist.
+    """
+    config = config.resolve()
+    act = config.num_act_channels or 0
+    weight_blocks = (config.num_weight_channels or 0) // BLOCK_SIZE
+    by_channel = config.granularity == "channel" and act > 0
+    stored = -(-module.in_features // BLOCK_SIZE) + weight_blocks
+    stored += act // BLOCK_SIZE if by_channel else 0
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.zeros(*shape, dtype=dtype, device=module.weight.device)
+
+    is_sorted = config.channel_order == "amax"
+    is_static = config.activation_scale == "static"
+    return ARCTensor(
+        zeros(module.out_features, stored * BLOCK_SIZE // 2, dtype=torch.uint8),
+        zeros(module.out_features, stored, dtype=torch.uint8),
+        zeros(1, dtype=torch.float32),
+        zeros(0 if by_channel else act // BLOCK_SIZE),
+        zeros(weight_blocks),
+        module.in_features,
+        module.weight.dtype,
+        config.activation_scale,
+        config.four_over_six,
+        channel_order=zeros(module.in_features) if is_sorted else None,
+        act_channels=zeros(act) if by_channel else None,
+        act_outer_scale=zeros(1, dtype=torch.float32) if is_static else None,
+    )
+
+
+def loading_config(tensor: ARCTensor) -> ARCConfig:
+    """The `prepare_for_loading` config that recreates a tensor's shapes."""
+    return ARCConfig(
+        recipe="balanced",
+        num_act_channels=tensor.num_act_channels,
+        num_weight_channels=tensor.num_weight_channels,
+        granularity="channel" if tensor.act_channels is not None else "block",
+        channel_order="amax" if tensor.channel_order is not None else "none",
+        activation_scale=tensor.activation_scale,
+        four_over_six=tensor.four_over_six,
+        step="prepare_for_loading",
+    ).resolve()

@@ -1,0 +1,1 @@
+"""Which blocks get a residual, which scales blocks get, which recipe a model gets."""

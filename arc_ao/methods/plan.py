@@ -1,0 +1,145 @@
+"""From statistics to plans: analyse every weight once, then plan any number of configs from it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from arc_ao.calibration.observer import InputStatistics
+from arc_ao.calibration.session import CalibrationSession, Member
+from arc_ao.config import ARCConfig
+from arc_ao.formats import nvfp4
+from arc_ao.methods.select import GroupScores, Selected, select
+from arc_ao.methods.weights import LayerPlan, WeightAnalysis, analyse_weight, in_order
+
+
+@dataclass(frozen=True)
+class GroupAnalysis:
+    """Linears that read one input: their statistics and what plain NVFP4 costs them."""
+
+    members: list[Member]
+    order: Tensor | None  # int32 [K]
+    amax: Tensor  # fp32 [], largest weight magnitude of all members
+    weights: list[WeightAnalysis]
+    scores: GroupScores
+    mean_square: Tensor | None  # fp32 [K16] in plan order
+    mean_error: Tensor | None
+    act_amax: Tensor | None  # fp32 [1], of the calibrated input
+
+
+def analyse_session(
+    session: CalibrationSession, config: ARCConfig, *, progress: bool = False
+) -> list[GroupAnalysis]:
+    """Analyse the weights of a session under a resolved config.
+
+    Raises:
+        ValueError: a weight with NaN or Inf, or a layer without statistics, naming the layer.
+    """
+    groups = session.groups()
+    bar = tqdm(groups, desc="analyse weights", disable=not progress, leave=False)
+    return [_analyse_group(group, _statistics(session, group, config), config) for group in bar]
+
+
+def make_plans(analyses: list[GroupAnalysis], config: ARCConfig) -> dict[str, LayerPlan]:
+    """Plan of every linear, by name, under a resolved config."""
+    selected = select([analysis.scores for analysis in analyses], config)
+    return {
+        member.name: _plan(analysis, weight, choice, config)
+        for analysis, choice in zip(analyses, selected, strict=True)
+        for member, weight in zip(analysis.members, analysis.weights, strict=True)
+    }
+
+
+def _statistics(
+    session: CalibrationSession, group: list[Member], config: ARCConfig
+) -> InputStatistics | None:
+    observer = session.observer_of(group)
+    if observer.count == 0 and not config.needs_calibration:
+        return None
+    return observer.statistics(config.channel_order)
+
+
+def weight_amax(member: Member) -> Tensor:
+    """Largest magnitude (fp32 []) of a weight.
+
+    Raises:
+        ValueError: NaN or Inf in it, naming the layer.
+    """
+    amax = member.module.weight.detach().abs().amax().float()
+    if not torch.isfinite(amax):
+        raise ValueError(
+            f"{member.name}: expected finite weights, found NaN or Inf; repair the checkpoint or "
+            "exclude the layer"
+        )
+    return amax
+
+
+@torch.no_grad()
+def _analyse_group(
+    members: list[Member], statistics: InputStatistics | None, config: ARCConfig
+) -> GroupAnalysis:
+    amax = torch.stack([weight_amax(member) for member in members]).amax()
+    order = mean_square = mean_error = act_amax = None
+    if statistics is not None:
+        order = statistics.order
+        mean_square = in_order(statistics.mean_square, order)
+        mean_error = in_order(statistics.mean_error, order)
+        act_amax = in_order(statistics.amax, order)
+    weights = [
+        analyse_weight(member.module.weight, amax, config, order, mean_square) for member in members
+    ]
+    scores = _scores(members, weights, mean_square, mean_error, act_amax)
+    return GroupAnalysis(members, order, amax, weights, scores, mean_square, mean_error, act_amax)
+
+
+def _scores(
+    members: list[Member],
+    weights: list[WeightAnalysis],
+    mean_square: Tensor | None,
+    mean_error: Tensor | None,
+    act_amax: Tensor | None,
+) -> GroupScores:
+    """Removed error per channel, summed over the members relative to their output energies."""
+    zeros = torch.zeros_like(weights[0].column_energy)
+    act_score, weight_score = zeros, zeros
+    if mean_square is not None:
+        for weight in weights:
+            energy = weight.column_energy + weight.column_error
+            output_energy = (mean_square * energy).sum().clamp(min=torch.finfo(torch.float32).tiny)
+            act_score = act_score + mean_error * weight.column_energy / output_energy
+            weight_score = weight_score + mean_square * weight.column_error / output_energy
+    return GroupScores(
+        names=[member.name for member in members],
+        out_features=sum(member.module.out_features for member in members),
+        in_features=members[0].module.in_features,
+        act_score=act_score,
+        weight_score=weight_score,
+        amax=zeros if act_amax is None else act_amax,
+    )
+
+
+def _plan(
+    analysis: GroupAnalysis, weight: WeightAnalysis, selected: Selected, config: ARCConfig
+) -> LayerPlan:
+    device = weight.scale.device
+
+    def ids(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    act_outer_scale = None
+    if config.activation_scale == "static":
+        largest = nvfp4.FOUR_OVER_SIX_MAX if config.four_over_six else nvfp4.NVFP4_MAX
+        act_outer_scale = nvfp4.outer_scale(analysis.act_amax.amax().reshape(1), largest)
+    return LayerPlan(
+        config=config,
+        amax=analysis.amax,
+        scale=weight.scale,
+        act_blocks=ids(selected.act_blocks),
+        weight_blocks=ids(selected.weight_blocks),
+        channel_order=analysis.order,
+        act_channels=ids(selected.act_channels) if selected.act_channels else None,
+        act_outer_scale=act_outer_scale,
+        mean_square=analysis.mean_square,
+        mean_error=analysis.mean_error,
+    )

@@ -1,0 +1,186 @@
+"""Measure what a model wants: `ARCConfig()` tries candidates and the model's output decides.
+
+For every candidate the calibration tokens run through the model with each linear quantized just
+before it is used and restored right after, so that trying costs the memory of one layer. The
+divergence of the output from the unquantized model (mean KL per token for logits, 1 - cosine for
+hidden states) ranks the candidates; among those within 5 % of the best, the one that costs least
+at run time wins.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from arc_ao.calibration.data import Batch, num_tokens, run_model
+from arc_ao.calibration.session import CalibrationSession
+from arc_ao.config import ARCConfig
+from arc_ao.eval.divergence import output_divergence
+from arc_ao.methods.plan import GroupAnalysis, analyse_session, make_plans
+from arc_ao.methods.weights import LayerPlan, quantize_weight
+
+EXCHANGE_RATES = (0.0, 0.3, 1.0, 3.0, "inf")
+SEARCH_TOKENS = 4096
+EQUAL_WITHIN = 1.05
+# Run-time cost, by which equals are ranked: nothing, a gather of the residuals, a second
+# quantization of every block, a gather of the whole input.
+RUN_TIME_COST = {"channel": 1, "four_over_six": 2, "amax": 4}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate and the divergence it measured."""
+
+    config: ARCConfig
+    divergence: float
+
+    @property
+    def cost(self) -> int:
+        """Rank of the run-time cost that the candidate adds to plain NVFP4."""
+        c = self.config
+        return (
+            RUN_TIME_COST["amax"] * (c.channel_order == "amax")
+            + RUN_TIME_COST["channel"] * (c.granularity == "channel")
+            + RUN_TIME_COST["four_over_six"] * bool(c.four_over_six)
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Searched fields and divergence."""
+        names = ("channel_order", "granularity", "exchange_rate", "four_over_six")
+        return {n: getattr(self.config, n) for n in names} | {"divergence": self.divergence}
+
+
+def search_recipe(
+    model: nn.Module,
+    session: CalibrationSession,
+    batches: list[Batch | Tensor],
+    *,
+    progress: bool = True,
+) -> list[Trial]:
+    """Try candidates for the None fields of a calibrated session's config, best first.
+
+    Two rounds: orders, granularities and exchange rates without four-over-six; then four-over-six
+    on the winner.
+    """
+    session.observing = False
+    try:
+        search = _Search(model, session, _some(batches), progress)
+        trials = search.measure(_first_round(session.config))
+        if "four_over_six" in session.config.searched:
+            winner = best(trials).config
+            trials += search.measure([dataclasses.replace(winner, four_over_six=True)])
+    finally:
+        session.observing = True
+    winner = best(trials)
+    return [winner, *sorted((t for t in trials if t is not winner), key=lambda t: t.divergence)]
+
+
+def best(trials: list[Trial]) -> Trial:
+    """Least run-time cost among the trials within 5 % of the least divergence."""
+    least = min(trial.divergence for trial in trials)
+    equals = [t for t in trials if t.divergence <= least * EQUAL_WITHIN] or trials
+    return min(equals, key=lambda t: (t.cost, t.divergence))
+
+
+def _first_round(config: ARCConfig) -> list[ARCConfig]:
+    """Candidates of the first round, resolved, without duplicates."""
+    searched = config.searched
+
+    def values(field: str, choices: tuple) -> tuple:
+        return choices if field in searched else (getattr(config.resolve(), field),)
+
+    candidates = []
+    for order in values("channel_order", ("none", "amax")):
+        for granularity in values("granularity", ("block", "channel")):
+            if order == "amax" and granularity == "channel" and "granularity" in searched:
+                continue  # sorted channels already share blocks
+            for rate in values("exchange_rate", EXCHANGE_RATES):
+                if granularity == "channel" and rate == "inf" and "granularity" in searched:
+                    continue  # without activation residuals granularity means nothing
+                candidates.append(
+                    config.resolve(channel_order=order, granularity=granularity, exchange_rate=rate)
+                )
+    return candidates
+
+
+class _Search:
+    """Measures candidates on one set of batches, analysing weights once per channel order."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        session: CalibrationSession,
+        batches: list[Batch | Tensor],
+        progress: bool,
+    ) -> None:
+        self.model, self.session, self.batches = model, session, batches
+        self.progress = progress
+        self.analyses: dict[tuple, list[GroupAnalysis]] = {}
+
+    def measure(self, configs: list[ARCConfig]) -> list[Trial]:
+        """Mean divergence of every config over the batches."""
+        sums = [0.0] * len(configs)
+        plans = [make_plans(self._analysis(config), config) for config in configs]
+        total = len(self.batches) * len(configs)
+        training = self.model.training
+        self.model.eval()
+        bar = tqdm(total=total, desc="try recipes", disable=not self.progress, leave=False)
+        for batch in self.batches:
+            reference = run_model(self.model, batch)
+            mask = batch.get("attention_mask") if isinstance(batch, dict) else None
+            for i, plan in enumerate(plans):
+                with quantized_on_the_fly(self.session, plan):
+                    output = run_model(self.model, batch)
+                sums[i] += output_divergence(reference, output, mask)
+                bar.update()
+        bar.close()
+        self.model.train(training)
+        return [
+            Trial(config, total / len(self.batches))
+            for config, total in zip(configs, sums, strict=True)
+        ]
+
+    def _analysis(self, config: ARCConfig) -> list[GroupAnalysis]:
+        key = (config.channel_order, config.weight_scale)
+        if key not in self.analyses:
+            self.analyses[key] = analyse_session(self.session, config, progress=self.progress)
+        return self.analyses[key]
+
+
+@contextmanager
+def quantized_on_the_fly(
+    session: CalibrationSession, plans: dict[str, LayerPlan]
+) -> Iterator[None]:
+    """Inside, every planned linear runs quantized; its weight is swapped only while it runs."""
+    handles, originals = [], {}
+
+    def swap_in(module: nn.Linear, args: tuple) -> None:
+        originals[module] = module.weight
+        quantized = quantize_weight(module.weight, by_module[module])
+        module.weight = nn.Parameter(quantized, requires_grad=False)
+
+    def swap_out(module: nn.Linear, args: tuple, output: Tensor) -> None:
+        module.weight = originals.pop(module)
+
+    by_module = {member.module: plans[member.name] for member in session.members}
+    try:
+        for module in by_module:
+            handles.append(module.register_forward_pre_hook(swap_in))
+            handles.append(module.register_forward_hook(swap_out))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, weight in originals.items():
+            module.weight = weight
+
+
+def _some(batches: list[Batch | Tensor]) -> list[Batch | Tensor]:
+    """Evenly spaced batches of at most SEARCH_TOKENS tokens together, at least one."""
+    tokens = sum(num_tokens(batch) for batch in batches)
+    step = max(1, round(tokens / SEARCH_TOKENS))
+    return batches[::step]

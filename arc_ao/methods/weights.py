@@ -1,0 +1,132 @@
+"""Weights to NVFP4: block scales and error energies first, codes and residuals when decided."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from arc_ao.config import ARCConfig
+from arc_ao.formats import nvfp4
+from arc_ao.methods.scale_search import choose_scales, row_chunks
+from arc_ao.tensor import ARCTensor
+
+
+@dataclass(frozen=True)
+class WeightAnalysis:
+    """What quantizing a weight [N, K] to plain NVFP4 keeps and loses, per column in plan order."""
+
+    scale: Tensor  # uint8 [N, K/16], e4m3 bits of the chosen block scales
+    column_energy: Tensor  # fp32 [K16], sum over n of Q(w)^2
+    column_error: Tensor  # fp32 [K16], sum over n of (w - Q(w))^2
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Everything that turns a weight into an ARCTensor; channel ids are in plan order."""
+
+    config: ARCConfig  # resolved
+    amax: Tensor  # fp32 [], sets the outer scale, shared by the linears that share an input
+    scale: Tensor  # uint8 [N, K/16]
+    act_blocks: Tensor  # int32 [Ra]
+    weight_blocks: Tensor  # int32 [Rw]
+    channel_order: Tensor | None = None  # int32 [K]
+    act_channels: Tensor | None = None  # int32 [multiple of 16]
+    act_outer_scale: Tensor | None = None  # fp32 [1]
+    mean_square: Tensor | None = None  # fp32 [K16], importance of weight errors
+    mean_error: Tensor | None = None  # fp32 [K16], importance of errors in copied columns
+
+
+def largest_value(config: ARCConfig) -> float:
+    """Value that the weight's amax is mapped to."""
+    wide = config.weight_scale == "four_over_six"
+    return nvfp4.FOUR_OVER_SIX_MAX if wide else nvfp4.NVFP4_MAX
+
+
+def in_order(values: Tensor, order: Tensor | None) -> Tensor:
+    """Columns [..., K] in plan order, padded with zeros to a multiple of 16: [..., K16]."""
+    ordered = values if order is None else values.index_select(-1, order)
+    return nvfp4.to_blocks(ordered).flatten(-2)
+
+
+def analyse_weight(
+    weight: Tensor,
+    amax: Tensor,
+    config: ARCConfig,
+    order: Tensor | None = None,
+    mean_square: Tensor | None = None,
+) -> WeightAnalysis:
+    """Choose the block scales of weight [N, K] and measure the error they leave.
+
+    Args:
+        amax: fp32 [], sets the outer scale.
+        config: resolved; `weight_scale` is the method.
+        order: int32 [K] or None.
+        mean_square: fp32 [K16] in plan order, E[x^2] of the calibration data, or None.
+    """
+    inverse = nvfp4.inverse_outer_scale(amax, largest_value(config))
+    outer = nvfp4.outer_scale(amax, largest_value(config))
+    importance = None if mean_square is None else nvfp4.to_blocks(mean_square)
+    scales, energy, error = [], 0.0, 0.0
+    for rows in row_chunks(weight):
+        blocks = nvfp4.to_blocks(in_order(weight[rows].float(), order) * inverse)
+        scale = choose_scales(blocks, config.weight_scale, importance)
+        values = nvfp4.decode_blocks(nvfp4.encode_blocks(blocks, scale), scale)
+        energy = energy + (values.flatten(1) * outer).square_().sum(0)
+        error = error + (values.sub_(blocks).flatten(1) * outer).square_().sum(0)
+        scales.append(nvfp4.encode_e4m3(scale))
+    return WeightAnalysis(torch.cat(scales), energy, error)
+
+
+def quantize_weight(weight: Tensor, plan: LayerPlan) -> ARCTensor:
+    """Quantize weight [N, K] as planned."""
+    inverse = nvfp4.inverse_outer_scale(plan.amax, largest_value(plan.config))
+    codes, scales = [], []
+    for rows in row_chunks(weight):
+        ordered = in_order(weight[rows].float(), plan.channel_order) * inverse  # [n, K16]
+        parts = _stored_parts(ordered, plan.scale[rows], plan)
+        codes.append(nvfp4.pack(torch.cat([c.flatten(1) for c, _ in parts], dim=1)))
+        scales.append(nvfp4.encode_e4m3(torch.cat([s for _, s in parts], dim=1)))
+    return ARCTensor(
+        torch.cat(codes),
+        torch.cat(scales),
+        nvfp4.outer_scale(plan.amax, largest_value(plan.config)).reshape(1),
+        plan.act_blocks,
+        plan.weight_blocks,
+        weight.shape[1],
+        weight.dtype,
+        plan.config.activation_scale,
+        plan.config.four_over_six,
+        channel_order=plan.channel_order,
+        act_channels=plan.act_channels,
+        act_outer_scale=plan.act_outer_scale,
+    )
+
+
+def _stored_parts(
+    ordered: Tensor, scale_bits: Tensor, plan: LayerPlan
+) -> list[tuple[Tensor, Tensor]]:
+    """(codes, scale) of the base, of the copied columns and of the weight's residual blocks."""
+    blocks = nvfp4.to_blocks(ordered)  # [n, K/16, 16]
+    scale = nvfp4.decode_e4m3(scale_bits)
+    codes = nvfp4.encode_blocks(blocks, scale)
+    parts = [(codes, scale)]
+    if plan.act_channels is not None:
+        columns = nvfp4.to_blocks(ordered.index_select(1, plan.act_channels))
+        parts.append(_encode(columns, plan.config, _take(plan.mean_error, plan.act_channels)))
+    if plan.weight_blocks.numel():
+        residual = blocks - nvfp4.decode_blocks(codes, scale)
+        chosen = residual.index_select(1, plan.weight_blocks)
+        importance = None
+        if plan.mean_square is not None:
+            importance = nvfp4.to_blocks(plan.mean_square).index_select(0, plan.weight_blocks)
+        parts.append(_encode(chosen, plan.config, importance))
+    return parts
+
+
+def _encode(blocks: Tensor, config: ARCConfig, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    scale = choose_scales(blocks, config.weight_scale, importance)
+    return nvfp4.encode_blocks(blocks, scale), scale
+
+
+def _take(values: Tensor | None, channels: Tensor) -> Tensor | None:
+    return None if values is None else nvfp4.to_blocks(values.index_select(0, channels))

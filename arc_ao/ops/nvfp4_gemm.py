@@ -1,0 +1,82 @@
+"""arc::nvfp4_gemm: the NVFP4 matrix product that carries main term and correction together.
+
+    y[m, n] = (sum_k A_aug[m, k] W_aug[n, k]) * a_outer[m] * b_outer + bias[n]
+    W_aug   = [ B[:, :base] | B[:, act_blocks] | B[:, base:] ]
+
+B is what is stored: the base weight, then copies of single columns and the weight's residual
+blocks. The blocks that meet activation residuals are read from the base a second time, so they
+cost no bytes. Accumulation is fp32 in any order, scaled, biased, and rounded once.
+"""
+
+import torch
+from torch import Tensor
+
+from arc_ao.formats import nvfp4
+
+
+@torch.library.custom_op("arc::nvfp4_gemm", mutates_args=())
+def nvfp4_gemm(
+    a: Tensor,
+    a_scale: Tensor,
+    a_outer: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_outer: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    act_blocks: Tensor | None = None,
+    base_blocks: int = 0,
+) -> Tensor:
+    """Multiply augmented NVFP4 operands.
+
+    Args:
+        a, a_scale: uint8 [M, K_aug/2] codes and [M, K_aug/16] e4m3 bits from `quant_augment`.
+        a_outer: fp32 [M] or [1].
+        b, b_scale: uint8 [N, K_b/2] and [N, K_b/16], K_b = K_aug - 16 * len(act_blocks).
+        b_outer: fp32 [1].
+        bias: [N] or None.
+        out_dtype: bf16, fp16 or fp32.
+        act_blocks: int32 [Ra], base blocks of b that are read a second time.
+        base_blocks: number of base blocks in b, after which the second reading is inserted.
+
+    Returns:
+        [M, N] in out_dtype.
+
+    Raises:
+        ValueError: operands whose K_aug differ, naming both.
+    """
+    _check(a, a_scale, b, b_scale, act_blocks)
+    left = nvfp4.decode(a, a_scale)  # [M, K_aug]
+    right = nvfp4.decode(b, b_scale)  # [N, K_b]
+    if act_blocks is not None and act_blocks.numel():
+        base = right[:, : base_blocks * nvfp4.BLOCK_SIZE]
+        again = nvfp4.to_blocks(base).index_select(1, act_blocks).flatten(1)
+        right = torch.cat((base, again, right[:, base.shape[1] :]), dim=1)  # [N, K_aug]
+    y = (left @ right.t()) * a_outer.unsqueeze(1) * b_outer  # [M, N]
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(out_dtype)
+
+
+@nvfp4_gemm.register_fake
+def _nvfp4_gemm_fake(
+    a, a_scale, a_outer, b, b_scale, b_outer, bias, out_dtype, act_blocks=None, base_blocks=0
+):
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
+
+
+def _check(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, act_blocks: Tensor | None
+) -> None:
+    repeated = 0 if act_blocks is None else act_blocks.shape[0]
+    if a.shape[1] != b.shape[1] + repeated * nvfp4.BLOCK_SIZE // 2:
+        raise ValueError(
+            f"nvfp4_gemm: a has K_aug = {2 * a.shape[1]}, b has {2 * b.shape[1]} plus "
+            f"{repeated} repeated blocks of 16; quantize x with the blocks of this weight"
+        )
+    for name, codes, scale in (("a", a, a_scale), ("b", b, b_scale)):
+        if codes.shape[1] != scale.shape[1] * nvfp4.BLOCK_SIZE // 2:
+            raise ValueError(
+                f"nvfp4_gemm: {name} has {2 * codes.shape[1]} codes a row and {scale.shape[1]} "
+                f"block scales, expected one scale per {nvfp4.BLOCK_SIZE} codes"
+            )

@@ -1,0 +1,138 @@
+"""arc::quant_augment: quantize activations to NVFP4 and append the columns that correct them.
+
+    R     = x - Q(x)
+    A_aug = [ Q(x) | Q(R)[:, act_blocks] | Q'(R[:, act_channels]) | Q(x)[:, weight_blocks] ]
+
+Q quantizes blocks of 16 channels, in the order `channel_order` where one is given. The residual
+blocks have their own block scales and share the outer scale. Q' gathers the residuals of single
+channels into blocks of their own. See arXiv 2601.07475 (activation residuals) and 2603.08185
+(weight residuals: the activation columns are duplicates).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from arc_ao.formats import nvfp4
+
+SCALE_MODES = ("token", "tensor", "static")
+
+
+@torch.library.custom_op("arc::quant_augment", mutates_args=())
+def quant_augment(
+    x: Tensor,
+    act_blocks: Tensor,
+    weight_blocks: Tensor,
+    outer_scale: Tensor | None,
+    scale_mode: str,
+    channel_order: Tensor | None = None,
+    act_channels: Tensor | None = None,
+    four_over_six: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize x [*, K] and append its residual columns.
+
+    Args:
+        x: bf16, fp16 or fp32 [*, K]; K is padded with zeros to a multiple of 16.
+        act_blocks: int32 [Ra], block ids whose residual is appended.
+        weight_blocks: int32 [Rw], block ids that are repeated for the weight's residual.
+        outer_scale: fp32 [1] for scale_mode "static", else None.
+        scale_mode: "token" (one outer scale per row), "tensor" (one), "static" (the given one).
+        channel_order: int32 [K], permutation applied to the channels first.
+        act_channels: int32 [multiple of 16], channels (after the permutation) whose residuals are
+            gathered into blocks of their own.
+        four_over_six: choose each block's scale between amax/6 and amax/4.
+
+    Returns:
+        qdata uint8 [M, K_aug/2], scale uint8 [M, K_aug/16] (e4m3 bits), outer fp32 [M] or [1],
+        with M the product of the leading dimensions of x.
+
+    Raises:
+        ValueError: unknown scale_mode, x not floating point, outer_scale missing or unexpected.
+    """
+    _check(x, outer_scale, scale_mode)
+    rows = x.reshape(-1, x.shape[-1]).float()  # [M, K]
+    if channel_order is not None:
+        rows = rows.index_select(1, channel_order)
+    largest = nvfp4.FOUR_OVER_SIX_MAX if four_over_six else nvfp4.NVFP4_MAX
+    inverse, outer = _outer_scales(rows, outer_scale, scale_mode, largest)
+    blocks = nvfp4.to_blocks(rows * inverse)  # [M, K/16, 16]
+    base = nvfp4.quantize_blocks(blocks, four_over_six=four_over_six)
+    parts = [base]
+    if act_blocks.numel() or act_channels is not None:
+        residual = blocks - nvfp4.decode_blocks(base.codes, base.scale)
+        for gathered in _gather(residual, act_blocks, act_channels):
+            parts.append(nvfp4.quantize_blocks(gathered, four_over_six=four_over_six))
+    parts.append(
+        nvfp4.QuantizedBlocks(
+            base.codes.index_select(1, weight_blocks), base.scale.index_select(1, weight_blocks)
+        )
+    )
+    codes = torch.cat([part.codes for part in parts], dim=1).flatten(1)  # [M, K_aug]
+    scale = torch.cat([part.scale for part in parts], dim=1)  # [M, K_aug/16]
+    return nvfp4.pack(codes), nvfp4.encode_e4m3(scale), outer
+
+
+@quant_augment.register_fake
+def _quant_augment_fake(
+    x,
+    act_blocks,
+    weight_blocks,
+    outer_scale,
+    scale_mode,
+    channel_order=None,
+    act_channels=None,
+    four_over_six=False,
+):
+    _check(x, outer_scale, scale_mode)
+    rows = math.prod(x.shape[:-1])
+    blocks = -(-x.shape[-1] // nvfp4.BLOCK_SIZE) + act_blocks.shape[0] + weight_blocks.shape[0]
+    if act_channels is not None:
+        blocks += act_channels.shape[0] // nvfp4.BLOCK_SIZE
+    return (
+        x.new_empty((rows, blocks * nvfp4.BLOCK_SIZE // 2), dtype=torch.uint8),
+        x.new_empty((rows, blocks), dtype=torch.uint8),
+        x.new_empty((rows if scale_mode == "token" else 1,), dtype=torch.float32),
+    )
+
+
+def _check(x: Tensor, outer_scale: Tensor | None, scale_mode: str) -> None:
+    if scale_mode not in SCALE_MODES:
+        raise ValueError(
+            f"quant_augment: scale_mode must be one of {SCALE_MODES}, got {scale_mode!r}"
+        )
+    if not x.is_floating_point():
+        raise ValueError(f"quant_augment: x must be floating point, got {x.dtype}")
+    if x.dim() == 0:
+        raise ValueError("quant_augment: x must have at least one dimension [*, K], got a scalar")
+    if (scale_mode == "static") != (outer_scale is not None):
+        raise ValueError(
+            "quant_augment: outer_scale belongs to scale_mode 'static' and only to it, got "
+            f"scale_mode {scale_mode!r} {'without' if outer_scale is None else 'with'} outer_scale"
+        )
+
+
+def _outer_scales(
+    rows: Tensor, outer_scale: Tensor | None, scale_mode: str, largest: float
+) -> tuple[Tensor, Tensor]:
+    """Quantize-side multiplier (broadcastable to rows) and outer scale [M] or [1]."""
+    if outer_scale is not None:
+        inverse = nvfp4.divide(1.0, outer_scale)
+        return torch.where(
+            outer_scale == 0, torch.zeros_like(inverse), inverse
+        ), outer_scale.clone()
+    magnitude = rows.abs()
+    if scale_mode == "token":
+        amax = magnitude.amax(1) if rows.shape[1] else rows.new_zeros(rows.shape[0])
+    else:
+        amax = magnitude.amax().reshape(1) if rows.numel() else rows.new_zeros(1)
+    inverse = nvfp4.inverse_outer_scale(amax, largest)
+    return inverse.unsqueeze(1), nvfp4.outer_scale(amax, largest)
+
+
+def _gather(residual: Tensor, act_blocks: Tensor, act_channels: Tensor | None) -> list[Tensor]:
+    """Residual blocks [M, Ra, 16] and gathered residual channels [M, channels/16, 16]."""
+    gathered = [residual.index_select(1, act_blocks)]
+    if act_channels is not None:
+        gathered.append(nvfp4.to_blocks(residual.flatten(1).index_select(1, act_channels)))
+    return gathered

@@ -1,0 +1,209 @@
+"""quantize_: one call, or torchao's three steps, from a model to ARCTensor weights.
+
+one call            collect targets -> prepare -> calibrate -> measure the recipe -> convert
+step="prepare"      an observer on every linear
+(run the model)     statistics, shared inputs
+step="convert"      one plan for all linears of the config, then one weight after the other
+step="prepare_for_loading"   an empty ARCTensor of the shape that a checkpoint has
+"""
+
+import types
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torchao.core.config import AOBaseConfig
+from torchao.quantization import quantize_ as torchao_quantize_
+from torchao.quantization import register_quantize_module_handler
+from torchao.quantization.utils import _module_extra_repr
+
+from arc_ao.calibration.data import Batch, calibrate, to_batches
+from arc_ao.calibration.session import CalibrationSession, Member, detach, observer_on
+from arc_ao.config import ARCConfig
+from arc_ao.loading import empty_tensor
+from arc_ao.methods.plan import analyse_session, make_plans, weight_amax
+from arc_ao.methods.recipe import Trial, search_recipe
+from arc_ao.methods.weights import quantize_weight
+from arc_ao.summary import QuantizationSummary, model_bytes, summarize
+from arc_ao.targets import FilterFn, check_linear, collect_targets
+from arc_ao.tensor import ARCTensor
+
+NAME = "_arc_name"  # fully qualified name, on a linear while quantize_ runs
+
+
+def quantize_(
+    model: nn.Module,
+    config: AOBaseConfig | None = None,
+    *,
+    calibration_data: Iterable[Any] | None = None,
+    tokenizer: Any = None,
+    max_length: int = 512,
+    filter_fn: FilterFn | None = None,
+    progress: bool = True,
+) -> QuantizationSummary | None:
+    """Quantize the linears of `model` in place.
+
+    Args:
+        model: any module; output heads, embeddings, routers and norms are left alone.
+        config: ARCConfig (default `ARCConfig()`), or torchao's FqnToConfig of them per layer.
+        calibration_data: iterable of input-id tensors, keyword dicts, or strings (with
+            `tokenizer`). Not needed where nothing is measured (`budget=0` with `recipe="plain"`).
+        max_length: strings are cut after this many tokens.
+        filter_fn: (module, fqn) -> whether to quantize, instead of the default choice.
+        progress: show progress bars.
+
+    Returns:
+        What was done (None for a single step). A failed call leaves the model as it was.
+
+    Raises:
+        ValueError: a layer that cannot be quantized, or missing calibration data.
+    """
+    config = ARCConfig() if config is None else config
+    targets = collect_targets(model, config, filter_fn)
+    if getattr(config, "step", None) is not None:
+        _apply(model, config, targets.modules)
+        return None
+    groups = targets.by_config()
+    arc_groups = [(c, modules) for c, modules in groups if isinstance(c, ARCConfig)]
+    _require_data(arc_groups, calibration_data)
+    for name, module in targets.modules.items():
+        weight_amax(Member(name, module))  # refuses NaN and Inf
+    before = model_bytes(model)
+    batches = None
+    if calibration_data is not None:
+        batches = to_batches(calibration_data, tokenizer, max_length)
+    resolved = _calibrate_and_resolve(model, arc_groups, batches, progress)
+    for layer_config, modules in groups:
+        final = resolved[id(layer_config)][0] if id(layer_config) in resolved else layer_config
+        _apply(model, final, modules)
+    return summarize(model, list(resolved.values()), targets.skipped, before)
+
+
+def _calibrate_and_resolve(
+    model: nn.Module,
+    groups: list[tuple[ARCConfig, dict[str, nn.Linear]]],
+    batches: list[Batch | Tensor] | None,
+    progress: bool,
+) -> dict[int, tuple[ARCConfig, list[Trial]]]:
+    """Prepare and calibrate, then measure; id of each config -> its convert config and trials."""
+    resolved = {}
+    try:
+        for config, modules in groups:
+            _apply(model, config.with_step("prepare"), modules)
+        if batches is not None:
+            calibrate(model, batches, progress=progress)
+        for config, modules in groups:
+            session = observer_on(next(iter(modules.values()))).session
+            trials: list[Trial] = []
+            if config.searched and batches is not None:
+                trials = search_recipe(model, session, batches, progress=progress)
+            final = (trials[0].config if trials else config.resolve()).with_step("convert")
+            _plan_session(session, final, progress=progress)
+            resolved[id(config)] = (final, trials)
+    except BaseException:
+        for _, modules in groups:
+            for module in modules.values():
+                detach(module)
+        raise
+    return resolved
+
+
+def _apply(model: nn.Module, config: AOBaseConfig, modules: dict[str, nn.Linear]) -> None:
+    """torchao's quantize_ on exactly these modules, with their names at hand."""
+    chosen = {id(module) for module in modules.values()}
+    for name, module in modules.items():
+        setattr(module, NAME, name)
+    try:
+        torchao_quantize_(model, config, filter_fn=lambda m, _: id(m) in chosen)
+    finally:
+        for module in modules.values():
+            if hasattr(module, NAME):
+                delattr(module, NAME)
+
+
+@register_quantize_module_handler(ARCConfig)
+def _arc_transform(
+    module: nn.Module, config: ARCConfig, *, parameter_name: str = "weight"
+) -> nn.Module:
+    """torchao's handler: one step on one linear."""
+    if parameter_name != "weight":
+        raise ValueError(f"ARCConfig quantizes the parameter 'weight', got {parameter_name!r}")
+    if config.step == "prepare":
+        _prepare(module, config)
+    elif config.step == "convert":
+        _convert(module, config)
+    elif config.step == "prepare_for_loading":
+        _swap_weight(module, empty_tensor(module, config))
+    else:
+        _quantize_uncalibrated(module, config)
+    return module
+
+
+def _name_of(module: nn.Module) -> str:
+    shape = f"Linear({module.in_features}, {module.out_features})"
+    return getattr(module, NAME, None) or shape
+
+
+def _prepare(module: nn.Linear, config: ARCConfig) -> None:
+    check_linear(_name_of(module), module)
+    if observer_on(module) is not None:
+        raise ValueError(
+            f"{_name_of(module)}: expected a linear without an observer, found a prepared one; "
+            "convert it before preparing again"
+        )
+    session = config.__dict__.get("_session")
+    if session is None or session.plans is not None:
+        session = CalibrationSession(config)
+        config.__dict__["_session"] = session
+    session.attach(_name_of(module), module)
+
+
+def _convert(module: nn.Linear, config: ARCConfig) -> None:
+    observer = observer_on(module)
+    if observer is None:
+        return  # not prepared, so not a target
+    session = observer.session
+    if session.plans is None:
+        _plan_session(session, config.resolve())
+    tensor = quantize_weight(module.weight.detach(), session.plans.pop(observer.name))
+    detach(module)
+    _swap_weight(module, tensor)
+
+
+def _plan_session(
+    session: CalibrationSession, config: ARCConfig, *, progress: bool = False
+) -> None:
+    """Plan every linear of a session before the first one is touched."""
+    analyses = analyse_session(session, config, progress=progress)
+    session.plans = make_plans(analyses, config)
+
+
+def _quantize_uncalibrated(module: nn.Linear, config: ARCConfig) -> None:
+    check_linear(_name_of(module), module)
+    if config.needs_calibration:
+        raise ValueError(
+            f"{_name_of(module)}: expected calibration for residual channels, found none; call "
+            "arc_ao.quantize_(model, config, calibration_data=...), go through step='prepare' and "
+            "step='convert', or use ARCConfig(budget=0.0, recipe='plain')"
+        )
+    session = CalibrationSession(config)
+    session.attach(_name_of(module), module)
+    _convert(module, config)
+
+
+def _swap_weight(module: nn.Linear, tensor: ARCTensor) -> None:
+    module.weight = nn.Parameter(tensor, requires_grad=False)
+    module.extra_repr = types.MethodType(
+        partial(_module_extra_repr, original_extra_repr=module.extra_repr, parameter_name="weight"),
+        module,
+    )
+
+
+def _require_data(groups: list[tuple[ARCConfig, Any]], data: Iterable[Any] | None) -> None:
+    if data is None and any(config.needs_calibration for config, _ in groups):
+        raise ValueError(
+            "expected calibration_data for residual channels, found None; pass batches of input "
+            "ids (a few thousand tokens of typical text), or use ARCConfig(budget=0.0, "
+            "recipe='plain') for plain NVFP4"
+        )

@@ -1,0 +1,97 @@
+"""What quantize_ did: the config it settled on, candidates tried, layers, bytes."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+from torchao.core.config import config_to_dict
+
+from arc_ao.config import ARCConfig
+from arc_ao.methods.recipe import Trial
+from arc_ao.tensor import ARCTensor
+
+SUMMARY = "_arc_summary"  # attribute of a quantized model
+
+
+@dataclass
+class QuantizationSummary:
+    """One call of `quantize_`.
+
+    Attributes:
+        configs: the configs that were applied, every field resolved.
+        trials: candidates measured per config, the winner first.
+        layers: fully qualified name -> residual channels of each kind and bits per weight.
+        skipped: linears left alone and why.
+        bytes_before, bytes_after: parameters and buffers of the whole model.
+        extra_channels: augmented columns over in_features, weighted by out_features.
+        bits_per_weight: stored bits over the weights of the quantized linears.
+    """
+
+    configs: list[dict[str, Any]]
+    trials: list[list[dict[str, Any]]]
+    layers: dict[str, dict[str, Any]]
+    skipped: dict[str, str] = field(default_factory=dict)
+    bytes_before: int = 0
+    bytes_after: int = 0
+    extra_channels: float = 0.0
+    bits_per_weight: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-serialisable dictionary."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.layers)} linears quantized, {len(self.skipped)} left alone; "
+            f"{self.extra_channels:.1%} extra channels, "
+            f"{self.bits_per_weight:.2f} bits per weight; "
+            f"{self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB"
+        )
+
+
+def summarize(
+    model: nn.Module,
+    resolved: list[tuple[ARCConfig, list[Trial]]],
+    skipped: dict[str, str],
+    bytes_before: int,
+) -> QuantizationSummary:
+    """Summary of a quantized model, also kept on it for `save_pretrained`."""
+    tensors = arc_tensors(model)
+    weights = sum(t.shape[0] * t.in_features for t in tensors.values())
+    summary = QuantizationSummary(
+        configs=[config_to_dict(config.with_step(None)) for config, _ in resolved],
+        trials=[[trial.to_dict() for trial in trials] for _, trials in resolved],
+        layers={name: _layer(tensor) for name, tensor in tensors.items()},
+        skipped=skipped,
+        bytes_before=bytes_before,
+        bytes_after=model_bytes(model),
+        extra_channels=sum(t.shape[0] * t.extra_channels for t in tensors.values())
+        / max(1, weights),
+        bits_per_weight=8 * sum(t.nbytes_stored for t in tensors.values()) / max(1, weights),
+    )
+    setattr(model, SUMMARY, summary.to_dict())
+    return summary
+
+
+def arc_tensors(model: nn.Module) -> dict[str, ARCTensor]:
+    """Quantized weights by the fully qualified name of their linear."""
+    return {
+        name: module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and isinstance(module.weight, ARCTensor)
+    }
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of parameters and buffers, each storage once, ARCTensors by their inner tensors."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.nbytes_stored if isinstance(t, ARCTensor) else t.nbytes for t in tensors.values())
+
+
+def _layer(tensor: ARCTensor) -> dict[str, Any]:
+    return {
+        "shape": list(tensor.shape),
+        "act_channels": tensor.num_act_channels,
+        "weight_channels": tensor.num_weight_channels,
+        "bits_per_weight": tensor.bits_per_weight,
+    }

@@ -1,0 +1,172 @@
+"""Which linears are quantized, which are left alone and why, and what is refused."""
+
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torchao.core.config import AOBaseConfig
+from torchao.quantization import FqnToConfig
+from torchao.utils import TorchAOBaseTensor
+
+from arc_ao.config import ARCConfig
+from arc_ao.formats.nvfp4 import BLOCK_SIZE
+
+SKIPPED_NAMES = {"lm_head", "embed_out", "gate", "router", "shared_expert_gate"}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FilterFn = Callable[[nn.Module, str], bool]
+
+
+@dataclass
+class Targets:
+    """Linears by fully qualified name: what to do with each, and why some are left alone."""
+
+    configs: dict[str, AOBaseConfig] = field(default_factory=dict)
+    modules: dict[str, nn.Linear] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def by_config(self) -> list[tuple[AOBaseConfig, dict[str, nn.Linear]]]:
+        """Targets of each distinct config object, in model order."""
+        groups: dict[int, tuple[AOBaseConfig, dict[str, nn.Linear]]] = {}
+        for name, config in self.configs.items():
+            groups.setdefault(id(config), (config, {}))[1][name] = self.modules[name]
+        return list(groups.values())
+
+
+def collect_targets(
+    model: nn.Module, config: AOBaseConfig, filter_fn: FilterFn | None = None
+) -> Targets:
+    """Targets of `config` (one config, or FqnToConfig per layer) in `model`.
+
+    Warns once, listing every layer whose in_features is not a multiple of 16.
+
+    Raises:
+        ValueError: a chosen layer that cannot be quantized, naming it; or no layer chosen at all.
+    """
+    targets = Targets()
+    for name, module in model.named_modules():
+        if not is_plain_linear(module):
+            continue
+        layer_config = config_for(name, config)
+        reason = _skip_reason(model, name, module, layer_config, config, filter_fn)
+        if reason:
+            targets.skipped[name] = reason
+            continue
+        check_linear(name, module, model)
+        targets.configs[name], targets.modules[name] = layer_config, module
+    _skip_ragged(targets)
+    if not targets.modules:
+        raise ValueError(
+            "found no linear layer to quantize; expected at least one nn.Linear outside of "
+            f"{sorted(SKIPPED_NAMES)}. Skipped: {targets.skipped or 'none'}"
+        )
+    return targets
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """An nn.Linear whose weight is used through F.linear."""
+    special = nn.modules.linear.NonDynamicallyQuantizableLinear
+    return isinstance(module, nn.Linear) and not isinstance(module, special)
+
+
+def config_for(name: str, config: AOBaseConfig) -> AOBaseConfig | None:
+    """Config of one layer: FqnToConfig by torchao's precedence, any other config for all layers."""
+    if not isinstance(config, FqnToConfig):
+        return config
+    table = config.fqn_to_config
+    for key in (f"{name}.weight", name):
+        if key in table:
+            return table[key]
+    for target in (f"{name}.weight", name):
+        for pattern, value in table.items():
+            if pattern.startswith("re:") and re.fullmatch(pattern[3:], target):
+                return value
+    return table.get("_default")
+
+
+def check_linear(name: str, module: nn.Linear, model: nn.Module | None = None) -> None:
+    """Refuse what cannot be quantized.
+
+    Raises:
+        ValueError: already quantized, meta device, wrong dtype, or tied to an embedding, naming
+            the layer, what was expected and found, and what to do.
+    """
+    weight = module.weight
+    if isinstance(weight, TorchAOBaseTensor):
+        raise ValueError(
+            f"{name}: expected a floating-point weight, found {type(weight).__name__}; the layer "
+            "is already quantized. Start from the original model or exclude the layer"
+        )
+    if weight.is_meta:
+        raise ValueError(
+            f"{name}: expected a weight with data, found one on the meta device; load the "
+            "checkpoint first"
+        )
+    if weight.dtype not in DTYPES:
+        raise ValueError(
+            f"{name}: expected a weight in bfloat16, float16 or float32, found {weight.dtype}; "
+            "convert the model first"
+        )
+    owner = _tied_embedding(model, weight)
+    if owner is not None:
+        raise ValueError(
+            f"{name}: expected a weight of its own, found it tied to {owner}; quantizing would "
+            "untie them. Exclude the layer with filter_fn"
+        )
+
+
+def _tied_embedding(model: nn.Module | None, weight: torch.Tensor) -> str | None:
+    for name, module in model.named_modules() if model is not None else ():
+        if isinstance(module, nn.Embedding) and module.weight is weight:
+            return f"embedding {name!r}"
+    return None
+
+
+def _skip_reason(
+    model: nn.Module,
+    name: str,
+    module: nn.Linear,
+    layer_config: AOBaseConfig | None,
+    config: AOBaseConfig,
+    filter_fn: FilterFn | None,
+) -> str | None:
+    if layer_config is None:
+        return "excluded by its config"
+    if filter_fn is not None:
+        return None if filter_fn(module, name) else "excluded by filter_fn"
+    explicit = isinstance(config, FqnToConfig) and config.fqn_to_config.get("_default") is not (
+        layer_config
+    )
+    if explicit:
+        return None
+    if name.rsplit(".", 1)[-1] in SKIPPED_NAMES or module is _output_embeddings(model):
+        return "output head or router, kept in its own precision"
+    return None
+
+
+def _output_embeddings(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_output_embeddings", None)
+    return get() if callable(get) else None
+
+
+def _skip_ragged(targets: Targets) -> None:
+    """Drop layers whose in_features does not fill blocks, unless their config pads."""
+    ragged = {
+        name: module.in_features
+        for name, module in targets.modules.items()
+        if module.in_features % BLOCK_SIZE
+        and not getattr(targets.configs[name], "pad_in_features", False)
+        and isinstance(targets.configs[name], ARCConfig)
+    }
+    for name, in_features in ragged.items():
+        targets.skipped[name] = f"in_features {in_features} is not a multiple of {BLOCK_SIZE}"
+        del targets.modules[name], targets.configs[name]
+    if ragged:
+        listed = ", ".join(f"{name} ({k})" for name, k in ragged.items())
+        warnings.warn(
+            f"{len(ragged)} layers stay unquantized because in_features is not a multiple of "
+            f"{BLOCK_SIZE} (ARCConfig(pad_in_features=True) pads them): {listed}",
+            stacklevel=3,
+        )

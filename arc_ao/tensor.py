@@ -1,0 +1,252 @@
+"""ARCTensor: the NVFP4 weight of a linear, with everything its input needs to be quantized.
+
+Stored is B = [ Q(w) | Q'(w[:, act_channels]) | Q(w - Q(w))[:, weight_blocks] ]; the columns that
+meet activation residuals (`act_blocks`) are read from Q(w) again. `F.linear(x, arc_tensor, bias)`
+is `arc::quant_augment` followed by `arc::nvfp4_gemm`.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torchao.utils import TorchAOBaseTensor
+
+from arc_ao.formats import nvfp4
+from arc_ao.ops import nvfp4_gemm, quant_augment
+
+aten = torch.ops.aten
+
+
+class ARCTensor(TorchAOBaseTensor):
+    """Weight [N, K] in NVFP4 with augmented residual channels.
+
+    Tensors:
+        qdata: uint8 [N, K_b/2], two codes a byte (see formats/nvfp4.py).
+        scale: uint8 [N, K_b/16], e4m3 bits.
+        outer_scale: fp32 [1].
+        act_blocks: int32 [Ra]; weight_blocks: int32 [Rw].
+        channel_order: int32 [K] or None.
+        act_channels: int32 [multiple of 16] or None.
+        act_outer_scale: fp32 [1] or None, the calibrated outer scale of a static activation.
+
+    Attributes:
+        in_features: K; base_blocks: ceil(K / 16).
+        orig_dtype: dtype of the unquantized weight.
+        activation_scale: "token", "tensor" or "static".
+        four_over_six: whether activations choose between amax/6 and amax/4.
+    """
+
+    tensor_data_names = ["qdata", "scale", "outer_scale", "act_blocks", "weight_blocks"]
+    tensor_attribute_names = ["in_features", "orig_dtype", "activation_scale", "four_over_six"]
+    optional_tensor_data_names = ["channel_order", "act_channels", "act_outer_scale"]
+
+    @staticmethod
+    def __new__(
+        cls,
+        qdata: Tensor,
+        scale: Tensor,
+        outer_scale: Tensor,
+        act_blocks: Tensor,
+        weight_blocks: Tensor,
+        in_features: int,
+        orig_dtype: torch.dtype,
+        activation_scale: str = "token",
+        four_over_six: bool = False,
+        channel_order: Tensor | None = None,
+        act_channels: Tensor | None = None,
+        act_outer_scale: Tensor | None = None,
+    ) -> "ARCTensor":
+        self = torch.Tensor._make_wrapper_subclass(
+            cls,
+            (qdata.shape[0], in_features),
+            dtype=orig_dtype,
+            device=qdata.device,
+            requires_grad=False,
+        )
+        self.qdata = qdata
+        self.scale = scale
+        self.outer_scale = outer_scale
+        self.act_blocks = act_blocks
+        self.weight_blocks = weight_blocks
+        self.in_features = in_features
+        self.orig_dtype = orig_dtype
+        self.activation_scale = activation_scale
+        self.four_over_six = four_over_six
+        self.channel_order = channel_order
+        self.act_channels = act_channels
+        self.act_outer_scale = act_outer_scale
+        return self
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    @property
+    def base_blocks(self) -> int:
+        """Number of 16-channel blocks of the base weight."""
+        return -(-self.in_features // nvfp4.BLOCK_SIZE)
+
+    @property
+    def num_act_channels(self) -> int:
+        """Channels with an activation residual, in either granularity."""
+        gathered = 0 if self.act_channels is None else self.act_channels.shape[0]
+        return self.act_blocks.shape[0] * nvfp4.BLOCK_SIZE + gathered
+
+    @property
+    def num_weight_channels(self) -> int:
+        """Channels with a weight residual."""
+        return self.weight_blocks.shape[0] * nvfp4.BLOCK_SIZE
+
+    @property
+    def extra_channels(self) -> int:
+        """Columns that augmentation adds along K."""
+        return self.num_act_channels + self.num_weight_channels
+
+    @property
+    def nbytes_stored(self) -> int:
+        """Bytes of all inner tensors."""
+        names, _ = self.__tensor_flatten__()
+        return sum(getattr(self, name).nbytes for name in names)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits over N * K."""
+        return 8 * self.nbytes_stored / max(1, self.shape[0] * self.in_features)
+
+    def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:
+        """Q(w) plus its stored residual, [N, K] in the original channel order."""
+        values = nvfp4.decode(self.qdata, self.scale) * self.outer_scale
+        base = values[:, : self.base_blocks * nvfp4.BLOCK_SIZE].clone()
+        if self.weight_blocks.numel():
+            residual = values[:, -self.weight_blocks.shape[0] * nvfp4.BLOCK_SIZE :]
+            nvfp4.to_blocks(base).index_add_(1, self.weight_blocks, nvfp4.to_blocks(residual))
+        base = base[:, : self.in_features]
+        if self.channel_order is not None:
+            base = torch.empty_like(base).index_copy_(1, self.channel_order.long(), base)
+        return base.to(output_dtype or self.orig_dtype)
+
+    def _quantization_type(self) -> str:
+        return (
+            f"act_channels={self.num_act_channels}, weight_channels={self.num_weight_channels}, "
+            f"bits_per_weight={self.bits_per_weight:.2f}"
+        )
+
+    def __repr__(self) -> str:
+        shape = f"{self.shape[0]}, {self.in_features}"
+        return f"ARCTensor([{shape}], {self.orig_dtype}, {self._quantization_type()})"
+
+    def _stable_hash_for_caching(self) -> str:
+        """Identity of this tensor's graph-relevant metadata for AOTAutograd's cache."""
+        names, attributes = self.__tensor_flatten__()
+        inner = [(n, tuple(getattr(self, n).shape), str(getattr(self, n).dtype)) for n in names]
+        return repr((inner, sorted((k, str(v)) for k, v in attributes.items())))
+
+
+implements = ARCTensor.implements
+implements_torch_function = ARCTensor.implements_torch_function
+
+
+@implements([aten.linear.default])
+@implements_torch_function([F.linear])
+def _(func, types, args, kwargs):
+    bound = dict(zip(("input", "weight", "bias"), args, strict=False)) | (kwargs or {})
+    x, weight, bias = bound["input"], bound["weight"], bound.get("bias")
+    if not isinstance(weight, ARCTensor):
+        raise NotImplementedError("F.linear with an ARCTensor as input; only weights are quantized")
+    return arc_linear(x, weight, bias)
+
+
+def arc_linear(x: Tensor, weight: ARCTensor, bias: Tensor | None = None) -> Tensor:
+    """x [*, K] times the augmented weight: [*, N] in x's dtype.
+
+    Raises:
+        ValueError: the last dimension of x is not in_features, naming both.
+    """
+    if x.shape[-1] != weight.in_features:
+        raise ValueError(
+            f"linear with an ARCTensor: x has {x.shape[-1]} channels, the weight has "
+            f"in_features {weight.in_features}"
+        )
+    a, a_scale, a_outer = quant_augment(
+        x,
+        weight.act_blocks,
+        weight.weight_blocks,
+        weight.act_outer_scale,
+        weight.activation_scale,
+        channel_order=weight.channel_order,
+        act_channels=weight.act_channels,
+        four_over_six=weight.four_over_six,
+    )
+    y = nvfp4_gemm(
+        a,
+        a_scale,
+        a_outer,
+        weight.qdata,
+        weight.scale,
+        weight.outer_scale,
+        bias,
+        x.dtype,
+        act_blocks=weight.act_blocks,
+        base_blocks=weight.base_blocks,
+    )
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _with_rows(weight: ARCTensor, fn) -> ARCTensor:
+    """New ARCTensor whose per-row tensors went through `fn`; the rest is shared."""
+    names, attributes = weight.__tensor_flatten__()
+    tensors = {name: getattr(weight, name) for name in names}
+    tensors |= {"qdata": fn(weight.qdata), "scale": fn(weight.scale)}
+    return ARCTensor.__tensor_unflatten__(tensors, attributes, None, None)
+
+
+@implements([aten.slice.Tensor])
+def _(func, types, args, kwargs):
+    weight, dim, start, end, step = (list(args) + [0, None, None, 1][len(args) - 1 :])[:5]
+    if dim % 2 == 1:
+        whole = (start in (None, 0)) and (end is None or end >= weight.in_features) and step == 1
+        if not whole:
+            raise ValueError(
+                f"ARCTensor: slicing in_features [{start}:{end}:{step}] of {weight.in_features} "
+                "would cut residual blocks and the channel order; slice rows, or quantize the shard"
+            )
+        return return_and_correct_aliasing(
+            func, args, kwargs or {}, _with_rows(weight, lambda t: t)
+        )
+    sliced = _with_rows(weight, lambda t: func(t, 0, start, end, step))
+    return return_and_correct_aliasing(func, args, kwargs or {}, sliced)
+
+
+@implements([aten.split.Tensor])
+def _(func, types, args, kwargs):
+    weight, size = args[:2]
+    dim = args[2] if len(args) > 2 else (kwargs or {}).get("dim", 0)
+    if dim % 2 == 1:
+        raise ValueError("ARCTensor: split along in_features is not possible; split rows")
+    parts = zip(func(weight.qdata, size, 0), func(weight.scale, size, 0), strict=True)
+    names, attributes = weight.__tensor_flatten__()
+    shared = {name: getattr(weight, name) for name in names}
+    return [
+        ARCTensor.__tensor_unflatten__(shared | {"qdata": q, "scale": s}, attributes, None, None)
+        for q, s in parts
+    ]
+
+
+@implements([aten.empty_like.default, aten.zeros_like.default, aten.fill_.Scalar])
+def _(func, types, args, kwargs):
+    if func is aten.fill_.Scalar:
+        return _fill(*args)
+    plain = {k: v for k, v in (kwargs or {}).items() if k in ("device", "pin_memory")}
+    return args[0]._apply_fn_to_data(lambda t: func(t, **plain))
+
+
+def _fill(weight: ARCTensor, value: float) -> ARCTensor:
+    """Only zero can be filled in: loaders use it for padding rows."""
+    if value != 0:
+        raise ValueError(f"ARCTensor.fill_ takes 0 only, got {value}")
+    weight.qdata.zero_()
+    return weight
+
+
+torch.serialization.add_safe_globals([ARCTensor])
