@@ -1,12 +1,17 @@
 """arc_ao: NVFP4 (W4A4) quantization for PyTorch with augmented residual channels."""
 
-from torchao.core.config import ALLOWED_AO_MODULES
-
 from arc_ao.config import ARCConfig
+from arc_ao.env import env_report
+from arc_ao.integrations.huggingface import save_pretrained
 from arc_ao.quantize import quantize_
 from arc_ao.summary import QuantizationSummary
 from arc_ao.tensor import ARCTensor
 
-__all__ = ["ARCConfig", "ARCTensor", "QuantizationSummary", "quantize_"]
-
-ALLOWED_AO_MODULES.add(__name__)  # torchao's config_from_dict finds ARCConfig here
+__all__ = [
+    "ARCConfig",
+    "ARCTensor",
+    "QuantizationSummary",
+    "env_report",
+    "quantize_",
+    "save_pretrained",
+]

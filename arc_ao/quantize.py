@@ -21,6 +21,7 @@ from torchao.quantization.utils import _module_extra_repr
 from arc_ao.calibration.data import Batch, calibrate, to_batches
 from arc_ao.calibration.session import CalibrationSession, Member, detach, observer_on
 from arc_ao.config import ARCConfig
+from arc_ao.integrations.huggingface import attach_quantizer
 from arc_ao.loading import empty_tensor
 from arc_ao.methods.plan import analyse_session, make_plans, weight_amax
 from arc_ao.methods.recipe import Trial, search_recipe
@@ -77,6 +78,7 @@ def quantize_(
     for layer_config, modules in groups:
         final = resolved[id(layer_config)][0] if id(layer_config) in resolved else layer_config
         _apply(model, final, modules)
+    attach_quantizer(model)
     return summarize(model, list(resolved.values()), targets.skipped, before)
 
 

@@ -1,0 +1,138 @@
+"""Save and load through transformers: our own registered quantizer, on torchao's safetensors form.
+
+Importing this module (which `import arc_ao` does) adds ARCTensor and ARCConfig to torchao's lists
+of serialisable classes and registers the quantization method "arc_ao" with transformers. Without
+that import transformers only warns "Unknown quantization type, got arc_ao" and leaves the linears
+randomly initialised: there is no plug-in entry point that could do better. Hence the name of the
+method, and the hint in config.json.
+"""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
+from torchao.prototype.safetensors import safetensors_utils
+from torchao.quantization import FqnToConfig
+from transformers import PreTrainedModel, TorchAoConfig
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
+
+from arc_ao.loading import loading_config
+from arc_ao.summary import SUMMARY, arc_tensors
+from arc_ao.tensor import ARCTensor
+
+METHOD = "arc_ao"
+HINT = "run `import arc_ao` before from_pretrained; otherwise these weights are skipped"
+SUMMARY_FILE = "arc_ao.json"
+
+
+class ArcHfConfig(TorchAoConfig):
+    """transformers' quantization config of an arc_ao checkpoint.
+
+    Args:
+        quant_type: FqnToConfig of `prepare_for_loading` configs (a checkpoint), or an ARCConfig
+            that needs no calibration (quantization on the fly in from_pretrained).
+    """
+
+    def __init__(self, quant_type: AOBaseConfig, **kwargs: Any) -> None:
+        kwargs.pop("hint", None)
+        super().__init__(quant_type, **kwargs)
+        self.quant_method = METHOD
+
+    def to_dict(self) -> dict[str, Any]:
+        """Dictionary for config.json, with a hint for readers that lack arc_ao."""
+        return super().to_dict() | {"hint": HINT}
+
+
+class ArcHfQuantizer(TorchAoHfQuantizer):
+    """transformers' quantizer of an arc_ao checkpoint: knows the names of our inner tensors."""
+
+    @property
+    def serialized_names(self) -> dict[str, list[str]]:
+        """Suffixes under which a quantized weight lies in the checkpoint."""
+        if not self.pre_quantized:
+            return {}
+        suffixes = (*ARCTensor.tensor_data_names, *ARCTensor.optional_tensor_data_names)
+        return {"weight": [f"_weight_{suffix}" for suffix in suffixes]}
+
+    @property
+    def quantized_element_size(self) -> float:
+        """Bytes per weight, for transformers' device planning: 4.5 bits."""
+        return 0.5625
+
+
+def register() -> None:
+    """Make ARCTensor and ARCConfig known to torchao and transformers; repeated calls do nothing."""
+    ALLOWED_AO_MODULES.add("arc_ao")
+    safetensors_utils.ALLOWED_CLASSES["ARCTensor"] = ARCTensor
+    if "ARCTensor" not in safetensors_utils.ALLOWED_TENSORS_SUBCLASSES:
+        safetensors_utils.ALLOWED_TENSORS_SUBCLASSES.append("ARCTensor")
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(ArcHfConfig)
+        register_quantizer(METHOD)(ArcHfQuantizer)
+
+
+def attach_quantizer(model: nn.Module) -> None:
+    """Let a quantized transformers model save itself; other modules are left alone."""
+    if not isinstance(model, PreTrainedModel):
+        return
+    layers = {name: loading_config(tensor) for name, tensor in arc_tensors(model).items()}
+    config = ArcHfConfig(FqnToConfig(layers))
+    model.hf_quantizer = ArcHfQuantizer(config, pre_quantized=True)
+    model.config.quantization_config = config
+
+
+def save_pretrained(model: PreTrainedModel, directory: str | Path, tokenizer: Any = None) -> Path:
+    """Save a quantized model, its summary and its tokenizer to a new directory.
+
+    Written to a temporary folder beside it and renamed, so that `directory` is complete or absent.
+
+    Raises:
+        FileExistsError: `directory` exists and is not empty. ValueError: nothing in the model is
+            quantized.
+    """
+    target = Path(directory)
+    check_output(target)
+    if not arc_tensors(model):
+        raise ValueError(
+            "save_pretrained: expected a model quantized by arc_ao.quantize_, found no ARCTensor"
+        )
+    attach_quantizer(model)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        model.save_pretrained(temporary)
+        summary = getattr(model, SUMMARY, None)
+        if summary is not None:
+            (temporary / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        temporary.chmod(0o755)
+        if target.is_dir():
+            target.rmdir()  # empty, see check_output
+        temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return target
+
+
+def check_output(directory: Path) -> None:
+    """Refuse an output that exists.
+
+    Raises:
+        FileExistsError: `directory` is a file or a folder that is not empty.
+    """
+    if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
+        raise FileExistsError(f"{directory} exists and is not empty; choose another output")
+
+
+register()
