@@ -1,5 +1,6 @@
 """arc_ao: NVFP4 (W4A4) quantization for PyTorch with augmented residual channels."""
 
+import arc_ao.quiet_import  # noqa: F401, I001  (before anything imports torchao)
 from arc_ao.config import ARCConfig
 from arc_ao.env import env_report
 from arc_ao.integrations.huggingface import save_pretrained

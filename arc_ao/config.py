@@ -1,6 +1,8 @@
 """ARCConfig: what to quantize to, how much to spend on correction, and what to measure."""
 
 import dataclasses
+import enum
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -53,6 +55,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "granularity": ("block", "channel", None),
     "weight_scale": ("amax", "mse", "four_over_six", None),
     "activation_scale": ("token", "tensor", "static", None),
+    "four_over_six": (True, False, None),
+    "pad_in_features": (True, False),
     "step": ("prepare", "convert", "prepare_for_loading", None),
 }
 
@@ -107,6 +111,8 @@ class ARCConfig(AOBaseConfig):
     version: int = 1
 
     def __post_init__(self) -> None:
+        if isinstance(self.step, enum.Enum):
+            self.step = self.step.value  # torchao's QuantizationStep, which does not deserialise
         for field, choices in CHOICES.items():
             value = getattr(self, field)
             if value not in choices:
@@ -120,20 +126,26 @@ class ARCConfig(AOBaseConfig):
                     "ARCConfig.budget=None is the paper's rule and needs selection='threshold'; "
                     "give a budget such as 0.06 otherwise"
                 )
-        elif not 0 <= self.budget <= 2:
+        elif not (isinstance(self.budget, (int, float)) and 0 <= self.budget <= 2):
             raise ValueError(
                 f"ARCConfig.budget is extra channels over in_features, expected 0 to 2, got "
-                f"{self.budget}"
+                f"{self.budget!r}"
             )
-        if self.exchange_rate is not None and not float(self.exchange_rate) >= 0:
-            raise ValueError(f"ARCConfig.exchange_rate must be >= 0, got {self.exchange_rate}")
+        if self.exchange_rate is not None:
+            self.exchange_rate = _checked_rate(self.exchange_rate)
         for field in ("num_act_channels", "num_weight_channels"):
             value = getattr(self, field)
-            if value is not None and (value < 0 or value % BLOCK_SIZE):
+            if value is None:
+                continue
+            if not isinstance(value, int) or value < 0 or value % BLOCK_SIZE:
                 raise ValueError(
                     f"ARCConfig.{field} must be a non-negative multiple of {BLOCK_SIZE}, got "
-                    f"{value}"
+                    f"{value!r}"
                 )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Fields only: a copy or pickle of a config must not carry the model under calibration."""
+        return {k: v for k, v in self.__dict__.items() if not k.startswith("_")}
 
     def _recipe_value(self, field: str) -> Any:
         return RECIPES.get(self.recipe, RECIPES["balanced"])[field]
@@ -152,11 +164,19 @@ class ARCConfig(AOBaseConfig):
 
     @property
     def searched(self) -> list[str]:
-        """Fields that `recipe="auto"` measures: the None ones, where there is a budget to spend."""
+        """Fields that `recipe="auto"` measures: the None ones that make a difference."""
         if self.recipe != "auto":
             return []
-        fields = SEARCHED_FIELDS if self.has_residuals else ("channel_order", "four_over_six")
-        return [field for field in fields if getattr(self, field) is None]
+        by_energy = self.has_residuals and self.selection != "threshold"
+        matters = {
+            "granularity": by_energy and not (self.explicit and not self.num_act_channels),
+            "exchange_rate": by_energy and not self.explicit,
+        }
+        return [
+            field
+            for field in SEARCHED_FIELDS
+            if getattr(self, field) is None and matters.get(field, True)
+        ]
 
     @property
     def needs_calibration(self) -> bool:
@@ -178,3 +198,14 @@ class ARCConfig(AOBaseConfig):
     def with_step(self, step: Step | None) -> "ARCConfig":
         """Copy for one of torchao's steps."""
         return dataclasses.replace(self, step=step)
+
+
+def _checked_rate(rate: float | str) -> float | str:
+    """Exchange rate as a float, or "inf", which JSON can hold."""
+    try:
+        value = float(rate)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not value >= 0:
+        raise ValueError(f"ARCConfig.exchange_rate must be >= 0 or 'inf', got {rate!r}")
+    return "inf" if math.isinf(value) else value

@@ -13,8 +13,16 @@ def empty_tensor(module: nn.Linear, config: ARCConfig) -> ARCTensor:
 
     `num_act_channels` and `num_weight_channels` count the residual channels; `granularity`,
     `channel_order` and `activation_scale` say which optional tensors exist.
+
+    Raises:
+        ValueError: a budget instead of numbers.
     """
     config = config.resolve()
+    if config.has_residuals and not config.explicit:
+        raise ValueError(
+            "prepare_for_loading: expected num_act_channels and num_weight_channels of the "
+            f"checkpoint, found budget={config.budget}; a budget does not tell the shapes"
+        )
     act = config.num_act_channels or 0
     weight_blocks = (config.num_weight_channels or 0) // BLOCK_SIZE
     by_channel = config.granularity == "channel" and act > 0
@@ -52,5 +60,6 @@ def loading_config(tensor: ARCTensor) -> ARCConfig:
         channel_order="amax" if tensor.channel_order is not None else "none",
         activation_scale=tensor.activation_scale,
         four_over_six=tensor.four_over_six,
+        pad_in_features=tensor.in_features % BLOCK_SIZE > 0,
         step="prepare_for_loading",
     ).resolve()

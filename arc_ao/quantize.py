@@ -8,7 +8,9 @@ step="prepare_for_loading"   an empty ARCTensor of the shape that a checkpoint h
 """
 
 import types
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -21,13 +23,14 @@ from torchao.quantization.utils import _module_extra_repr
 from arc_ao.calibration.data import Batch, calibrate, to_batches
 from arc_ao.calibration.session import CalibrationSession, Member, detach, observer_on
 from arc_ao.config import ARCConfig
+from arc_ao.formats.nvfp4 import BLOCK_SIZE
 from arc_ao.integrations.huggingface import attach_quantizer
 from arc_ao.loading import empty_tensor
 from arc_ao.methods.plan import analyse_session, make_plans, weight_amax
 from arc_ao.methods.recipe import Trial, search_recipe
 from arc_ao.methods.weights import quantize_weight
 from arc_ao.summary import QuantizationSummary, model_bytes, summarize
-from arc_ao.targets import FilterFn, check_linear, collect_targets
+from arc_ao.targets import FilterFn, check_linear, collect_targets, is_ragged
 from arc_ao.tensor import ARCTensor
 
 NAME = "_arc_name"  # fully qualified name, on a linear while quantize_ runs
@@ -62,10 +65,12 @@ def quantize_(
     """
     config = ARCConfig() if config is None else config
     targets = collect_targets(model, config, filter_fn)
-    if getattr(config, "step", None) is not None:
-        _apply(model, config, targets.modules)
-        return None
     groups = targets.by_config()
+    if any(getattr(layer_config, "step", None) for layer_config, _ in groups):
+        with _unchanged_on_error(model):
+            for layer_config, modules in groups:
+                _apply_step(model, layer_config, modules)
+        return None
     arc_groups = [(c, modules) for c, modules in groups if isinstance(c, ARCConfig)]
     _require_data(arc_groups, calibration_data)
     for name, module in targets.modules.items():
@@ -74,10 +79,11 @@ def quantize_(
     batches = None
     if calibration_data is not None:
         batches = to_batches(calibration_data, tokenizer, max_length)
-    resolved = _calibrate_and_resolve(model, arc_groups, batches, progress)
-    for layer_config, modules in groups:
-        final = resolved[id(layer_config)][0] if id(layer_config) in resolved else layer_config
-        _apply(model, final, modules)
+    with _unchanged_on_error(model):
+        resolved = _calibrate_and_resolve(model, arc_groups, batches, progress)
+        for layer_config, modules in groups:
+            final = resolved[id(layer_config)][0] if id(layer_config) in resolved else layer_config
+            _apply(model, final, modules)
     attach_quantizer(model)
     return summarize(model, list(resolved.values()), targets.skipped, before)
 
@@ -90,25 +96,35 @@ def _calibrate_and_resolve(
 ) -> dict[int, tuple[ARCConfig, list[Trial]]]:
     """Prepare and calibrate, then measure; id of each config -> its convert config and trials."""
     resolved = {}
-    try:
-        for config, modules in groups:
-            _apply(model, config.with_step("prepare"), modules)
-        if batches is not None:
-            calibrate(model, batches, progress=progress)
-        for config, modules in groups:
-            session = observer_on(next(iter(modules.values()))).session
-            trials: list[Trial] = []
-            if config.searched and batches is not None:
-                trials = search_recipe(model, session, batches, progress=progress)
-            final = (trials[0].config if trials else config.resolve()).with_step("convert")
-            _plan_session(session, final, progress=progress)
-            resolved[id(config)] = (final, trials)
-    except BaseException:
-        for _, modules in groups:
-            for module in modules.values():
-                detach(module)
-        raise
+    for config, modules in groups:
+        _apply(model, config.with_step("prepare"), modules)
+    if batches is not None:
+        calibrate(model, batches, progress=progress)
+    sessions = [observer_on(next(iter(modules.values()))).session for _, modules in groups]
+    for session in sessions:
+        session.observing = False  # a search for one config must not feed the others
+    for (config, _), session in zip(groups, sessions, strict=True):
+        trials: list[Trial] = []
+        if config.searched and batches is not None:
+            trials = search_recipe(model, session, batches, progress=progress)
+        final = (trials[0].config if trials else config.resolve()).with_step("convert")
+        _plan_session(session, final, progress=progress)
+        resolved[id(config)] = (final, trials)
     return resolved
+
+
+def _apply_step(model: nn.Module, config: AOBaseConfig, modules: dict[str, nn.Linear]) -> None:
+    """One of torchao's steps; every "prepare" starts a session of its own."""
+    step = getattr(config, "step", None)
+    if isinstance(config, ARCConfig) and step == "prepare":
+        config.__dict__.pop("_session", None)
+    if isinstance(config, ARCConfig) and step == "convert":
+        if all(observer_on(module) is None for module in modules.values()):
+            raise ValueError(
+                f"{next(iter(modules))}: expected a prepared linear, found one without an "
+                "observer; call quantize_ with step='prepare' and run calibration data first"
+            )
+    _apply(model, config, modules)
 
 
 def _apply(model: nn.Module, config: AOBaseConfig, modules: dict[str, nn.Linear]) -> None:
@@ -124,6 +140,34 @@ def _apply(model: nn.Module, config: AOBaseConfig, modules: dict[str, nn.Linear]
                 delattr(module, NAME)
 
 
+@contextmanager
+def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """Put every module back as it was if the body raises.
+
+    Parameters are kept by reference, not copied: until the body ends, the memory of the original
+    weights is not freed (0.28 of it is added meanwhile by their 4.5-bit versions).
+    """
+    machinery = {key for key, value in vars(nn.Module()).items() if isinstance(value, dict)}
+    before = [
+        (
+            module,
+            dict(vars(module)),
+            {k: dict(vars(module)[k]) for k in machinery & vars(module).keys()},
+        )
+        for module in model.modules()
+    ]
+    try:
+        yield
+    except BaseException:
+        for module, attributes, contents in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for key, content in contents.items():
+                vars(module)[key].clear()  # the same dictionary: hook handles refer to it
+                vars(module)[key].update(content)
+        raise
+
+
 @register_quantize_module_handler(ARCConfig)
 def _arc_transform(
     module: nn.Module, config: ARCConfig, *, parameter_name: str = "weight"
@@ -131,7 +175,13 @@ def _arc_transform(
     """torchao's handler: one step on one linear."""
     if parameter_name != "weight":
         raise ValueError(f"ARCConfig quantizes the parameter 'weight', got {parameter_name!r}")
-    if config.step == "prepare":
+    if is_ragged(module, config):
+        warnings.warn(
+            f"{_name_of(module)} stays unquantized because in_features is not a multiple of "
+            f"{BLOCK_SIZE} (ARCConfig(pad_in_features=True) pads it)",
+            stacklevel=2,
+        )
+    elif config.step == "prepare":
         _prepare(module, config)
     elif config.step == "convert":
         _convert(module, config)
@@ -149,13 +199,16 @@ def _name_of(module: nn.Module) -> str:
 
 def _prepare(module: nn.Linear, config: ARCConfig) -> None:
     check_linear(_name_of(module), module)
-    if observer_on(module) is not None:
+    session = config.__dict__.get("_session")
+    observer = observer_on(module)
+    if observer is not None and observer.session is session:
+        return  # a module of two parents is visited twice
+    if observer is not None:
         raise ValueError(
             f"{_name_of(module)}: expected a linear without an observer, found a prepared one; "
             "convert it before preparing again"
         )
-    session = config.__dict__.get("_session")
-    if session is None or session.plans is not None:
+    if session is None:
         session = CalibrationSession(config)
         config.__dict__["_session"] = session
     session.attach(_name_of(module), module)
@@ -166,7 +219,7 @@ def _convert(module: nn.Linear, config: ARCConfig) -> None:
     if observer is None:
         return  # not prepared, so not a target
     session = observer.session
-    if session.plans is None:
+    if session.plans is None or observer.name not in session.plans:
         _plan_session(session, config.resolve())
     tensor = quantize_weight(module.weight.detach(), session.plans.pop(observer.name))
     detach(module)
@@ -179,6 +232,7 @@ def _plan_session(
     """Plan every linear of a session before the first one is touched."""
     analyses = analyse_session(session, config, progress=progress)
     session.plans = make_plans(analyses, config)
+    session.config.__dict__.pop("_session", None)  # complete: a config must not hold on to a model
 
 
 def _quantize_uncalibrated(module: nn.Linear, config: ARCConfig) -> None:

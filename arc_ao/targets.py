@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -46,6 +46,11 @@ def collect_targets(
         ValueError: a chosen layer that cannot be quantized, naming it; or no layer chosen at all.
     """
     targets = Targets()
+    embeddings = {
+        id(module.weight): name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+    }
     for name, module in model.named_modules():
         if not is_plain_linear(module):
             continue
@@ -54,7 +59,7 @@ def collect_targets(
         if reason:
             targets.skipped[name] = reason
             continue
-        check_linear(name, module, model)
+        check_linear(name, module, embeddings)
         targets.configs[name], targets.modules[name] = layer_config, module
     _skip_ragged(targets)
     if not targets.modules:
@@ -75,19 +80,27 @@ def config_for(name: str, config: AOBaseConfig) -> AOBaseConfig | None:
     """Config of one layer: FqnToConfig by torchao's precedence, any other config for all layers."""
     if not isinstance(config, FqnToConfig):
         return config
+    return config.fqn_to_config.get(_matching_key(name, config) or "_default")
+
+
+def _matching_key(name: str, config: FqnToConfig) -> str | None:
+    """Key that names a layer: exact before pattern, parameter before module."""
     table = config.fqn_to_config
     for key in (f"{name}.weight", name):
         if key in table:
-            return table[key]
+            return key
     for target in (f"{name}.weight", name):
-        for pattern, value in table.items():
+        for pattern in table:
             if pattern.startswith("re:") and re.fullmatch(pattern[3:], target):
-                return value
-    return table.get("_default")
+                return pattern
+    return None
 
 
-def check_linear(name: str, module: nn.Linear, model: nn.Module | None = None) -> None:
+def check_linear(name: str, module: nn.Linear, embeddings: Mapping[int, str] | None = None) -> None:
     """Refuse what cannot be quantized.
+
+    Args:
+        embeddings: id of each embedding's weight -> name of the embedding.
 
     Raises:
         ValueError: already quantized, meta device, wrong dtype, or tied to an embedding, naming
@@ -109,19 +122,12 @@ def check_linear(name: str, module: nn.Linear, model: nn.Module | None = None) -
             f"{name}: expected a weight in bfloat16, float16 or float32, found {weight.dtype}; "
             "convert the model first"
         )
-    owner = _tied_embedding(model, weight)
+    owner = (embeddings or {}).get(id(weight))
     if owner is not None:
         raise ValueError(
-            f"{name}: expected a weight of its own, found it tied to {owner}; quantizing would "
-            "untie them. Exclude the layer with filter_fn"
+            f"{name}: expected a weight of its own, found it tied to embedding {owner!r}; "
+            "quantizing would untie them. Exclude the layer with filter_fn"
         )
-
-
-def _tied_embedding(model: nn.Module | None, weight: torch.Tensor) -> str | None:
-    for name, module in model.named_modules() if model is not None else ():
-        if isinstance(module, nn.Embedding) and module.weight is weight:
-            return f"embedding {name!r}"
-    return None
 
 
 def _skip_reason(
@@ -136,11 +142,8 @@ def _skip_reason(
         return "excluded by its config"
     if filter_fn is not None:
         return None if filter_fn(module, name) else "excluded by filter_fn"
-    explicit = isinstance(config, FqnToConfig) and config.fqn_to_config.get("_default") is not (
-        layer_config
-    )
-    if explicit:
-        return None
+    if isinstance(config, FqnToConfig) and _matching_key(name, config) is not None:
+        return None  # asked for by name
     if name.rsplit(".", 1)[-1] in SKIPPED_NAMES or module is _output_embeddings(model):
         return "output head or router, kept in its own precision"
     return None
@@ -156,9 +159,7 @@ def _skip_ragged(targets: Targets) -> None:
     ragged = {
         name: module.in_features
         for name, module in targets.modules.items()
-        if module.in_features % BLOCK_SIZE
-        and not getattr(targets.configs[name], "pad_in_features", False)
-        and isinstance(targets.configs[name], ARCConfig)
+        if is_ragged(module, targets.configs[name])
     }
     for name, in_features in ragged.items():
         targets.skipped[name] = f"in_features {in_features} is not a multiple of {BLOCK_SIZE}"
@@ -168,5 +169,11 @@ def _skip_ragged(targets: Targets) -> None:
         warnings.warn(
             f"{len(ragged)} layers stay unquantized because in_features is not a multiple of "
             f"{BLOCK_SIZE} (ARCConfig(pad_in_features=True) pads them): {listed}",
-            stacklevel=3,
+            stacklevel=4,
         )
+
+
+def is_ragged(module: nn.Linear, config: AOBaseConfig) -> bool:
+    """in_features does not fill blocks of 16 and the config does not pad."""
+    arc = isinstance(config, ARCConfig)
+    return arc and module.in_features % BLOCK_SIZE > 0 and not config.pad_in_features

@@ -193,6 +193,17 @@ def arc_linear(x: Tensor, weight: ARCTensor, bias: Tensor | None = None) -> Tens
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
+def _rebuilt(weight: ARCTensor, fn, dtype: torch.dtype | None = None) -> ARCTensor:
+    """New ARCTensor whose inner tensors went through `fn`. `dtype` is what the weight stands for
+    (`orig_dtype`); the stored bytes do not depend on it."""
+    names, attributes = weight.__tensor_flatten__()
+    dtype = dtype or weight.orig_dtype
+    if not dtype.is_floating_point:
+        raise ValueError(f"ARCTensor stands for a floating point weight, cannot become {dtype}")
+    tensors = {name: fn(getattr(weight, name)) for name in names}
+    return ARCTensor.__tensor_unflatten__(tensors, attributes | {"orig_dtype": dtype}, None, None)
+
+
 def _with_rows(weight: ARCTensor, fn) -> ARCTensor:
     """New ARCTensor whose per-row tensors went through `fn`; the rest is shared."""
     names, attributes = weight.__tensor_flatten__()
@@ -218,7 +229,7 @@ def _(func, types, args, kwargs):
     return return_and_correct_aliasing(func, args, kwargs or {}, sliced)
 
 
-@implements([aten.split.Tensor])
+@implements([aten.split.Tensor, aten.split_with_sizes.default])
 def _(func, types, args, kwargs):
     weight, size = args[:2]
     dim = args[2] if len(args) > 2 else (kwargs or {}).get("dim", 0)
@@ -233,12 +244,28 @@ def _(func, types, args, kwargs):
     ]
 
 
-@implements([aten.empty_like.default, aten.zeros_like.default, aten.fill_.Scalar])
+@implements([aten.empty_like.default])
 def _(func, types, args, kwargs):
-    if func is aten.fill_.Scalar:
-        return _fill(*args)
-    plain = {k: v for k, v in (kwargs or {}).items() if k in ("device", "pin_memory")}
-    return args[0]._apply_fn_to_data(lambda t: func(t, **plain))
+    kwargs = kwargs or {}
+    plain = {k: v for k, v in kwargs.items() if k in ("device", "pin_memory")}
+    return _rebuilt(args[0], lambda t: func(t, **plain), kwargs.get("dtype"))
+
+
+@implements([aten._to_copy.default, aten.zeros_like.default])
+def _(func, types, args, kwargs):
+    """`.to(device)` moves the stored bytes; `.to(dtype)` keeps them and changes `orig_dtype`.
+    A zero weight keeps its block ids and its channel order."""
+    kwargs = kwargs or {}
+    plain = {k: v for k, v in kwargs.items() if k in ("device", "non_blocking")}
+    copy = _rebuilt(args[0], lambda t: t.to(**plain, copy=True), kwargs.get("dtype"))
+    if func is aten.zeros_like.default:
+        return _fill(copy, 0)
+    return return_and_correct_aliasing(func, args, kwargs, copy)
+
+
+@implements([aten.fill_.Scalar])
+def _(func, types, args, kwargs):
+    return _fill(*args)
 
 
 def _fill(weight: ARCTensor, value: float) -> ARCTensor:

@@ -1,6 +1,7 @@
 """Calibration data: anything iterable becomes a list of keyword dicts that the model takes."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -54,6 +55,23 @@ def _to_batch(item: Any, index: int, tokenizer: Any, max_length: int) -> Batch |
     )
 
 
+def text_batches(
+    tokenizer: Any, text: str, *, window: int = 512, max_tokens: int = 16_384
+) -> list[Tensor]:
+    """Cut the first `max_tokens` tokens of a text into input ids [1, window].
+
+    Raises:
+        ValueError: the text has less than two tokens.
+    """
+    ids = tokenizer(text[: 16 * max_tokens], add_special_tokens=False).input_ids[:max_tokens]
+    if len(ids) < 2:
+        raise ValueError("calibration text is empty; expected at least a few hundred tokens")
+    windows = [ids[i : i + window] for i in range(0, len(ids), window)]
+    if len(windows) > 1 and len(windows[-1]) < window:
+        windows.pop()
+    return [torch.tensor([w]) for w in windows]
+
+
 def run_model(model: nn.Module, batch: Batch | Tensor) -> Any:
     """model(batch) without gradients, the batch moved to the model's device."""
     parameter = next(model.parameters(), None)
@@ -68,19 +86,30 @@ def run_model(model: nn.Module, batch: Batch | Tensor) -> Any:
 def num_tokens(batch: Batch | Tensor) -> int:
     """Tokens in a batch: elements of its input ids (or of its leading tensor, rows)."""
     if isinstance(batch, Tensor):
-        return batch.numel() if not batch.is_floating_point() else batch[..., 0].numel()
+        rows = batch.is_floating_point() and batch.dim() > 0
+        return batch[..., 0].numel() if rows else batch.numel()
     ids = batch.get("input_ids")
-    return ids.numel() if ids is not None else max(num_tokens(v) for v in batch.values())
+    if ids is not None:
+        return ids.numel()
+    return max((num_tokens(v) for v in batch.values() if isinstance(v, Tensor)), default=1)
 
 
 def calibrate(
     model: nn.Module, batches: Iterable[Batch | Tensor], *, progress: bool = True
 ) -> None:
     """Run a prepared model over `batches` in evaluation mode, with a progress bar."""
-    training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         for batch in tqdm(batches, desc="calibrate", disable=not progress, leave=False):
             run_model(model, batch)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """model.eval() inside; afterwards every module is in the mode that it was in."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
     finally:
-        model.train(training)
+        for module, mode in training.items():
+            module.training = mode

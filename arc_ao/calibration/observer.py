@@ -7,7 +7,7 @@ that is the order of the amax seen so far, which settles after the first batches
 across batches (`observe`), copies (`merge`) and processes (`all_reduce`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,17 @@ class InputStatistics:
     mean_square: Tensor  # E[x^2]
     mean_error: Tensor  # E[(x - Q(x))^2] with blocks formed in `order`
     order: Tensor | None  # int32 [K] permutation, None for the natural order
+
+
+@dataclass(frozen=True)
+class Increment:
+    """What the tokens of one input add to the statistics; [K], errors [orders, K]."""
+
+    amax: Tensor
+    square_sum: Tensor
+    error_sum: Tensor
+    count: int
+    running_amax: Tensor  # amax so far, these tokens included: sets the "amax" order
 
 
 def sorted_order(amax: Tensor) -> Tensor:
@@ -55,27 +66,45 @@ class ARCObserver(nn.Module):
         self.register_buffer("error_sum", torch.zeros(orders, in_features, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
-    @torch.no_grad()
     def observe(self, x: Tensor) -> None:
         """Add the tokens of x [*, K].
 
         Raises:
             ValueError: x holds NaN or Inf, naming the layer; the statistics are unchanged.
         """
+        self.add(self.measure(x))
+
+    @torch.no_grad()
+    def measure(self, x: Tensor) -> Increment:
+        """What `observe(x)` adds, without adding it."""
         rows = x.detach().reshape(-1, x.shape[-1])
         if not torch.isfinite(rows).all():
             raise ValueError(
                 f"{self.name}: calibration input holds NaN or Inf; statistics of it would be "
                 "meaningless. Check the model's dtype and the calibration data"
             )
-        if rows.shape[0]:
-            torch.maximum(self.amax, rows.abs().amax(0).float(), out=self.amax)
-        orders = [self._order(name) for name in self.channel_orders]
+        amax = rows.abs().amax(0).float() if rows.shape[0] else torch.zeros_like(self.amax)
+        running_amax = torch.maximum(self.amax, amax)
+        square_sum, error_sum = torch.zeros_like(self.square_sum), torch.zeros_like(self.error_sum)
+        orders = [_order(running_amax, name) for name in self.channel_orders]
         for chunk in rows.split(ROWS_AT_ONCE):
-            self.square_sum += chunk.double().square().sum(0)
-            for total, order in zip(self.error_sum, orders, strict=True):
+            square_sum += chunk.double().square().sum(0)
+            for total, order in zip(error_sum, orders, strict=True):
                 total += plain_error(chunk.float(), order).double().sum(0)
-        self.count += rows.shape[0]
+        return Increment(amax, square_sum, error_sum, rows.shape[0], running_amax)
+
+    def fits(self, increment: Increment) -> bool:
+        """Whether `measure` would give the same here, after what this layer saw so far."""
+        if "amax" not in self.channel_orders:
+            return True
+        return torch.equal(torch.maximum(self.amax, increment.amax), increment.running_amax)
+
+    def add(self, increment: Increment) -> None:
+        """Add what `measure` found, here or in an observer of the same input."""
+        torch.maximum(self.amax, increment.amax, out=self.amax)
+        self.square_sum += increment.square_sum
+        self.error_sum += increment.error_sum
+        self.count += increment.count
 
     def merge(self, other: "ARCObserver") -> None:
         """Add the tokens that `other` saw."""
@@ -116,14 +145,24 @@ class ARCObserver(nn.Module):
             amax=self.amax.float(),
             mean_square=(self.square_sum / self.count).float(),
             mean_error=(self.error_sum[index] / self.count).float(),
-            order=self._order(channel_order),
+            order=_order(self.amax, channel_order),
         )
 
-    def _order(self, name: str) -> Tensor | None:
-        return sorted_order(self.amax) if name == "amax" else None
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ARCObserver":
+        """Moves with the model but keeps its dtypes: `model.bfloat16()` must not round sums."""
+
+        def keep_dtype(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if moved.dtype == t.dtype else t.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
 
     def extra_repr(self) -> str:
         return f"in_features={self.amax.shape[0]}, channel_orders={self.channel_orders}"
+
+
+def _order(amax: Tensor, name: str) -> Tensor | None:
+    return sorted_order(amax) if name == "amax" else None
 
 
 def plain_error(rows: Tensor, order: Tensor | None = None) -> Tensor:

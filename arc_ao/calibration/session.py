@@ -1,10 +1,11 @@
 """CalibrationSession: the linears that are calibrated together and compete for one budget.
 
 `attach` puts an observer on a linear as the submodule `arc_observer`, fed by a forward pre-hook,
-so that it moves, saves and copies with the model. Linears that read the same tensor share the
-first one's statistics; the session finds them out while the model runs.
+so that it moves, saves and copies with the model. A tensor that several linears read is measured
+once. Linears whose statistics are equal bit for bit read the same input: they form a group.
 """
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +32,6 @@ class CalibrationSession:
 
     config: ARCConfig
     members: list[Member] = field(default_factory=list)
-    leaders: dict[str, str] = field(default_factory=dict)  # member name -> name of first reader
     shared: SharedInputs = field(default_factory=SharedInputs)
     plans: dict[str, Any] | None = None  # member name -> LayerPlan, made once at convert
     observing: bool = True  # off while candidates are tried on the same inputs
@@ -47,45 +47,32 @@ class CalibrationSession:
         self.members.append(Member(name, module))
 
     def observe(self, observer: ARCObserver, x: Tensor) -> None:
-        """Account for x read by the layer of `observer`, once per tensor however many read it."""
-        if not self.observing:
+        """Account for x read by the layer of `observer`; a tensor is measured once."""
+        if not self.observing or x.numel() == 0:
             return
-        first = self.shared.first_observer(x)
-        if first is None or first is observer:
-            self._leave(observer)
-            observer.observe(x)
-            self.shared.add(x, observer)
-        elif self.leaders.get(observer.name) == first.name:
-            return
-        elif observer.count == 0 and observer.name not in self.leaders:
-            self.leaders[observer.name] = first.name
-        else:
-            self._leave(observer)
-            observer.observe(x)
+        increment = self.shared.find(x)
+        if increment is None or not observer.fits(increment):
+            increment = observer.measure(x)
+            self.shared.add(x, increment)
+        observer.add(increment)
 
     def groups(self) -> list[list[Member]]:
         """Members by shared input, in the order in which they were attached."""
-        grouped: dict[str, list[Member]] = {}
+        grouped: dict[Any, list[Member]] = {}
         for member in self.members:
-            grouped.setdefault(self.leaders.get(member.name, member.name), []).append(member)
+            observer = observer_on(member.module)
+            seen = observer.count > 0
+            grouped.setdefault(_digest(observer) if seen else member.name, []).append(member)
         return list(grouped.values())
 
     def observer_of(self, group: list[Member]) -> ARCObserver:
         """The observer that speaks for a group."""
-        leader = self.leaders.get(group[0].name, group[0].name)
-        return next(observer_on(m.module) for m in self.members if m.name == leader)
+        return observer_on(group[0].module)
 
     def detach(self) -> None:
         """Remove every observer and hook."""
         for member in self.members:
             detach(member.module)
-
-    def _leave(self, observer: ARCObserver) -> None:
-        """A layer that shared its input so far reads one of its own: go on from a copy."""
-        leader = self.leaders.pop(observer.name, None)
-        if leader is not None:
-            source = next(m for m in self.members if m.name == leader)
-            observer.merge(observer_on(source.module))
 
     def _channel_orders(self) -> tuple[str, ...]:
         if "channel_order" in self.config.searched:
@@ -100,6 +87,12 @@ class CalibrationSession:
 def observer_on(module: nn.Module) -> ARCObserver | None:
     """The observer of a prepared linear, or None."""
     return getattr(module, OBSERVER, None)
+
+
+def _digest(observer: ARCObserver) -> bytes:
+    """Equal for equal statistics."""
+    state = [t.detach().cpu().numpy().tobytes() for t in observer.buffers()]
+    return hashlib.sha256(b"".join(state)).digest()
 
 
 def detach(module: nn.Module) -> None:

@@ -83,7 +83,8 @@ def block_scale(blocks: Tensor, block_max: float = F4_E2M1_MAX) -> Tensor:
 
 def e2m1_index(magnitude: Tensor) -> Tensor:
     """Index 0..7 (int32) of the e2m1 magnitude nearest to `magnitude` >= 0, ties to even."""
-    return torch.bucketize(magnitude, _rounding_bounds(magnitude.device), out_int32=True)
+    bounds = _rounding_bounds(magnitude.device)
+    return torch.bucketize(magnitude.contiguous(), bounds, out_int32=True)
 
 
 def encode_e2m1(v: Tensor) -> Tensor:

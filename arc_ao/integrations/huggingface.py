@@ -13,11 +13,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import transformers
 from torch import nn
 from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
 from torchao.prototype.safetensors import safetensors_utils
 from torchao.quantization import FqnToConfig
-from transformers import PreTrainedModel, TorchAoConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    TorchAoConfig,
+)
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -123,6 +130,23 @@ def save_pretrained(model: PreTrainedModel, directory: str | Path, tokenizer: An
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return target
+
+
+def load_model(directory: str | Path, dtype: Any = "auto") -> tuple[PreTrainedModel, Any]:
+    """Model of the architecture that config.json names, in evaluation mode, and its tokenizer.
+
+    Raises:
+        FileNotFoundError: no config.json in `directory`.
+    """
+    if not (Path(directory) / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{directory}: expected a Hugging Face model directory, found no config.json"
+        )
+    config = AutoConfig.from_pretrained(directory)
+    architecture = (config.architectures or [""])[0]
+    model_class = getattr(transformers, architecture, AutoModelForCausalLM)
+    model = model_class.from_pretrained(directory, dtype=dtype).eval()
+    return model, AutoTokenizer.from_pretrained(directory)
 
 
 def check_output(directory: Path) -> None:

@@ -38,7 +38,7 @@ def analyse_session(
     """
     groups = session.groups()
     bar = tqdm(groups, desc="analyse weights", disable=not progress, leave=False)
-    return [_analyse_group(group, _statistics(session, group, config), config) for group in bar]
+    return [analyse_group(group, _statistics(session, group, config), config) for group in bar]
 
 
 def make_plans(analyses: list[GroupAnalysis], config: ARCConfig) -> dict[str, LayerPlan]:
@@ -76,9 +76,10 @@ def weight_amax(member: Member) -> Tensor:
 
 
 @torch.no_grad()
-def _analyse_group(
+def analyse_group(
     members: list[Member], statistics: InputStatistics | None, config: ARCConfig
 ) -> GroupAnalysis:
+    """Analyse the linears that read one input; without statistics only their weights matter."""
     amax = torch.stack([weight_amax(member) for member in members]).amax()
     order = mean_square = mean_error = act_amax = None
     if statistics is not None:

@@ -8,6 +8,7 @@ at run time wins.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,14 +17,19 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from arc_ao.calibration.data import Batch, num_tokens, run_model
+from arc_ao.calibration.data import Batch, evaluation_mode, num_tokens, run_model
 from arc_ao.calibration.session import CalibrationSession
 from arc_ao.config import ARCConfig
 from arc_ao.eval.divergence import output_divergence
 from arc_ao.methods.plan import GroupAnalysis, analyse_session, make_plans
 from arc_ao.methods.weights import LayerPlan, quantize_weight
 
-EXCHANGE_RATES = (0.0, 0.3, 1.0, 3.0, "inf")
+ROUNDS: dict[str, tuple[Any, ...]] = {
+    "exchange_rate": (0.0, 0.3, 1.0, 3.0, "inf"),
+    "channel_order": ("none", "amax"),
+    "granularity": ("block", "channel"),
+    "four_over_six": (False, True),
+}
 SEARCH_TOKENS = 4096
 EQUAL_WITHIN = 1.05
 # Run-time cost, by which equals are ranked: nothing, a gather of the residuals, a second
@@ -61,22 +67,31 @@ def search_recipe(
     *,
     progress: bool = True,
 ) -> list[Trial]:
-    """Try candidates for the None fields of a calibrated session's config, best first.
+    """Try values for the None fields of a calibrated session's config; the winner comes first.
 
-    Two rounds: orders, granularities and exchange rates without four-over-six; then four-over-six
-    on the winner.
+    One field after the other, each on the winner so far.
     """
-    session.observing = False
+    observing, session.observing = session.observing, False
     try:
         search = _Search(model, session, _some(batches), progress)
-        trials = search.measure(_first_round(session.config))
-        if "four_over_six" in session.config.searched:
+        searched = session.config.searched
+        trials = search.measure([session.config.resolve()])
+        for field, values in ROUNDS.items():
             winner = best(trials).config
-            trials += search.measure([dataclasses.replace(winner, four_over_six=True)])
+            if field in searched and _matters(field, winner):
+                tried = [v for v in values if v != getattr(winner, field)]
+                trials += search.measure([dataclasses.replace(winner, **{field: v}) for v in tried])
     finally:
-        session.observing = True
+        session.observing = observing
     winner = best(trials)
     return [winner, *sorted((t for t in trials if t is not winner), key=lambda t: t.divergence)]
+
+
+def _matters(field: str, config: ARCConfig) -> bool:
+    """Sorted channels share blocks already; without activation residuals nothing is gathered."""
+    if field != "granularity":
+        return True
+    return config.channel_order == "none" and not math.isinf(float(config.exchange_rate))
 
 
 def best(trials: list[Trial]) -> Trial:
@@ -84,27 +99,6 @@ def best(trials: list[Trial]) -> Trial:
     least = min(trial.divergence for trial in trials)
     equals = [t for t in trials if t.divergence <= least * EQUAL_WITHIN] or trials
     return min(equals, key=lambda t: (t.cost, t.divergence))
-
-
-def _first_round(config: ARCConfig) -> list[ARCConfig]:
-    """Candidates of the first round, resolved, without duplicates."""
-    searched = config.searched
-
-    def values(field: str, choices: tuple) -> tuple:
-        return choices if field in searched else (getattr(config.resolve(), field),)
-
-    candidates = []
-    for order in values("channel_order", ("none", "amax")):
-        for granularity in values("granularity", ("block", "channel")):
-            if order == "amax" and granularity == "channel" and "granularity" in searched:
-                continue  # sorted channels already share blocks
-            for rate in values("exchange_rate", EXCHANGE_RATES):
-                if granularity == "channel" and rate == "inf" and "granularity" in searched:
-                    continue  # without activation residuals granularity means nothing
-                candidates.append(
-                    config.resolve(channel_order=order, granularity=granularity, exchange_rate=rate)
-                )
-    return candidates
 
 
 class _Search:
@@ -126,19 +120,16 @@ class _Search:
         sums = [0.0] * len(configs)
         plans = [make_plans(self._analysis(config), config) for config in configs]
         total = len(self.batches) * len(configs)
-        training = self.model.training
-        self.model.eval()
         bar = tqdm(total=total, desc="try recipes", disable=not self.progress, leave=False)
-        for batch in self.batches:
-            reference = run_model(self.model, batch)
-            mask = batch.get("attention_mask") if isinstance(batch, dict) else None
-            for i, plan in enumerate(plans):
-                with quantized_on_the_fly(self.session, plan):
-                    output = run_model(self.model, batch)
-                sums[i] += output_divergence(reference, output, mask)
-                bar.update()
-        bar.close()
-        self.model.train(training)
+        with bar, evaluation_mode(self.model):
+            for batch in self.batches:
+                reference = run_model(self.model, batch)
+                mask = batch.get("attention_mask") if isinstance(batch, dict) else None
+                for i, plan in enumerate(plans):
+                    with quantized_on_the_fly(self.session, plan):
+                        output = run_model(self.model, batch)
+                    sums[i] += output_divergence(reference, output, mask)
+                    bar.update()
         return [
             Trial(config, total / len(self.batches))
             for config, total in zip(configs, sums, strict=True)
@@ -163,14 +154,15 @@ def quantized_on_the_fly(
         quantized = quantize_weight(module.weight, by_module[module])
         module.weight = nn.Parameter(quantized, requires_grad=False)
 
-    def swap_out(module: nn.Linear, args: tuple, output: Tensor) -> None:
-        module.weight = originals.pop(module)
+    def swap_out(module: nn.Linear, args: tuple, output: Tensor | None) -> None:
+        if module in originals:  # not where an earlier pre-hook raised
+            module.weight = originals.pop(module)
 
     by_module = {member.module: plans[member.name] for member in session.members}
     try:
         for module in by_module:
             handles.append(module.register_forward_pre_hook(swap_in))
-            handles.append(module.register_forward_hook(swap_out))
+            handles.append(module.register_forward_hook(swap_out, always_call=True))
         yield
     finally:
         for handle in handles:
@@ -181,6 +173,10 @@ def quantized_on_the_fly(
 
 def _some(batches: list[Batch | Tensor]) -> list[Batch | Tensor]:
     """Evenly spaced batches of at most SEARCH_TOKENS tokens together, at least one."""
-    tokens = sum(num_tokens(batch) for batch in batches)
-    step = max(1, round(tokens / SEARCH_TOKENS))
-    return batches[::step]
+    tokens = [num_tokens(batch) for batch in batches]
+    count = min(len(batches), max(1, len(batches) * SEARCH_TOKENS // max(1, sum(tokens))))
+    while True:
+        chosen = [i * len(batches) // count for i in range(count)]
+        if count == 1 or sum(tokens[i] for i in chosen) <= SEARCH_TOKENS:
+            return [batches[i] for i in chosen]
+        count -= 1

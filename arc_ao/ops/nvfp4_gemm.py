@@ -43,16 +43,19 @@ def nvfp4_gemm(
         [M, N] in out_dtype.
 
     Raises:
-        ValueError: operands whose K_aug differ, naming both.
+        ValueError: operands whose K_aug differ, naming both; scales, bias or base_blocks that do
+            not fit the operands.
     """
-    _check(a, a_scale, b, b_scale, act_blocks)
+    _check(a, a_scale, b, b_scale, act_blocks, base_blocks)
+    _check_epilogue(a_outer, bias, a.shape[0], b.shape[0])
     left = nvfp4.decode(a, a_scale)  # [M, K_aug]
     right = nvfp4.decode(b, b_scale)  # [N, K_b]
     if act_blocks is not None and act_blocks.numel():
         base = right[:, : base_blocks * nvfp4.BLOCK_SIZE]
         again = nvfp4.to_blocks(base).index_select(1, act_blocks).flatten(1)
         right = torch.cat((base, again, right[:, base.shape[1] :]), dim=1)  # [N, K_aug]
-    y = (left @ right.t()) * a_outer.unsqueeze(1) * b_outer  # [M, N]
+    with torch.autocast(a.device.type, enabled=False):  # autocast would round the sums to bf16
+        y = (left @ right.t()) * a_outer.unsqueeze(1) * b_outer  # [M, N]
     if bias is not None:
         y = y + bias.float()
     return y.to(out_dtype)
@@ -66,7 +69,12 @@ def _nvfp4_gemm_fake(
 
 
 def _check(
-    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, act_blocks: Tensor | None
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    act_blocks: Tensor | None,
+    base_blocks: int,
 ) -> None:
     repeated = 0 if act_blocks is None else act_blocks.shape[0]
     if a.shape[1] != b.shape[1] + repeated * nvfp4.BLOCK_SIZE // 2:
@@ -75,8 +83,23 @@ def _check(
             f"{repeated} repeated blocks of 16; quantize x with the blocks of this weight"
         )
     for name, codes, scale in (("a", a, a_scale), ("b", b, b_scale)):
-        if codes.shape[1] != scale.shape[1] * nvfp4.BLOCK_SIZE // 2:
+        if codes.shape != (scale.shape[0], scale.shape[1] * nvfp4.BLOCK_SIZE // 2):
             raise ValueError(
-                f"nvfp4_gemm: {name} has {2 * codes.shape[1]} codes a row and {scale.shape[1]} "
-                f"block scales, expected one scale per {nvfp4.BLOCK_SIZE} codes"
+                f"nvfp4_gemm: {name} has {codes.shape[0]} rows of {2 * codes.shape[1]} codes and "
+                f"{scale.shape[0]} rows of {scale.shape[1]} block scales, expected one scale per "
+                f"{nvfp4.BLOCK_SIZE} codes"
             )
+    if repeated and not 0 < base_blocks <= b_scale.shape[1]:
+        raise ValueError(
+            f"nvfp4_gemm: base_blocks must be 1 to {b_scale.shape[1]}, the blocks of b, where "
+            f"act_blocks repeats some of them, got {base_blocks}"
+        )
+
+
+def _check_epilogue(a_outer: Tensor, bias: Tensor | None, rows: int, cols: int) -> None:
+    if a_outer.shape not in ((1,), (rows,)):
+        raise ValueError(
+            f"nvfp4_gemm: a_outer must have shape [1] or [{rows}], got {list(a_outer.shape)}"
+        )
+    if bias is not None and bias.shape != (cols,):
+        raise ValueError(f"nvfp4_gemm: bias must have shape [{cols}], got {list(bias.shape)}")

@@ -17,6 +17,7 @@ from torch import Tensor
 from arc_ao.formats import nvfp4
 
 SCALE_MODES = ("token", "tensor", "static")
+INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @torch.library.custom_op("arc::quant_augment", mutates_args=())
@@ -48,9 +49,10 @@ def quant_augment(
         with M the product of the leading dimensions of x.
 
     Raises:
-        ValueError: unknown scale_mode, x not floating point, outer_scale missing or unexpected.
+        ValueError: unknown scale_mode, x of another dtype, outer_scale missing, unexpected or of
+            another shape, act_channels not a multiple of 16.
     """
-    _check(x, outer_scale, scale_mode)
+    _check(x, outer_scale, scale_mode, act_channels)
     rows = x.reshape(-1, x.shape[-1]).float()  # [M, K]
     if channel_order is not None:
         rows = rows.index_select(1, channel_order)
@@ -84,7 +86,7 @@ def _quant_augment_fake(
     act_channels=None,
     four_over_six=False,
 ):
-    _check(x, outer_scale, scale_mode)
+    _check(x, outer_scale, scale_mode, act_channels)
     rows = math.prod(x.shape[:-1])
     blocks = -(-x.shape[-1] // nvfp4.BLOCK_SIZE) + act_blocks.shape[0] + weight_blocks.shape[0]
     if act_channels is not None:
@@ -96,19 +98,31 @@ def _quant_augment_fake(
     )
 
 
-def _check(x: Tensor, outer_scale: Tensor | None, scale_mode: str) -> None:
+def _check(
+    x: Tensor, outer_scale: Tensor | None, scale_mode: str, act_channels: Tensor | None
+) -> None:
     if scale_mode not in SCALE_MODES:
         raise ValueError(
             f"quant_augment: scale_mode must be one of {SCALE_MODES}, got {scale_mode!r}"
         )
-    if not x.is_floating_point():
-        raise ValueError(f"quant_augment: x must be floating point, got {x.dtype}")
+    if x.dtype not in INPUT_DTYPES:
+        raise ValueError(f"quant_augment: x must be bf16, fp16 or fp32, got {x.dtype}")
     if x.dim() == 0:
         raise ValueError("quant_augment: x must have at least one dimension [*, K], got a scalar")
     if (scale_mode == "static") != (outer_scale is not None):
         raise ValueError(
             "quant_augment: outer_scale belongs to scale_mode 'static' and only to it, got "
             f"scale_mode {scale_mode!r} {'without' if outer_scale is None else 'with'} outer_scale"
+        )
+    if outer_scale is not None and (outer_scale.shape, outer_scale.dtype) != ((1,), torch.float32):
+        raise ValueError(
+            f"quant_augment: outer_scale must be fp32 [1], got {outer_scale.dtype} "
+            f"{list(outer_scale.shape)}"
+        )
+    if act_channels is not None and act_channels.shape[0] % nvfp4.BLOCK_SIZE:
+        raise ValueError(
+            f"quant_augment: act_channels must hold a multiple of {nvfp4.BLOCK_SIZE} channels, got "
+            f"{act_channels.shape[0]}"
         )
 
 

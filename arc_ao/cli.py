@@ -1,0 +1,199 @@
+"""The command `arc-ao`: demo, quantize, eval, report, env. Everything works offline."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse `argv` and run a command; user mistakes print one line and exit with 2."""
+    args = _parser().parse_args(argv)
+    _offline()
+    try:
+        args.run(args)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if args.traceback:
+            raise
+        print(f"arc-ao {args.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _offline() -> None:
+    """No model hub."""
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="arc-ao", description="NVFP4 (W4A4) quantization.")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_demo(commands)
+    _add_quantize(commands)
+    _add_eval(commands)
+    _add_report(commands)
+    env = _command(commands, "env", _env, "versions, instruction sets, the backend of every op")
+    env.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], help: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=help, description=help)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
+    demo = _command(commands, "demo", _demo, "quantize the shipped model and compare")
+    demo.add_argument("-o", "--output", type=Path, default=Path("demo_output"))
+    demo.add_argument("--max-tokens", type=int, help="score only this many held-out tokens")
+
+
+def _add_quantize(commands: Any) -> None:
+    quantize = _command(commands, "quantize", _quantize, "quantize a Hugging Face model")
+    quantize.add_argument("model", type=Path, help="model directory")
+    quantize.add_argument("-o", "--output", type=Path, required=True, help="new directory")
+    quantize.add_argument(
+        "--calib", type=Path, help='text file, or JSONL with "text"; default: a shipped text'
+    )
+    quantize.add_argument("--calib-tokens", type=int, default=16_384)
+    quantize.add_argument(
+        "--budget", type=float, default=0.06, help="extra channels over in_features (0.06)"
+    )
+    quantize.add_argument(
+        "--recipe", default="auto", choices=("auto", "balanced", "paper", "plain")
+    )
+    quantize.add_argument("--pad-in-features", action="store_true")
+
+
+def _add_eval(commands: Any) -> None:
+    evaluate = _command(commands, "eval", _eval, "perplexity, KL, lm-eval tasks")
+    evaluate.add_argument("model", type=Path, help="model directory, quantized or not")
+    evaluate.add_argument("--original", type=Path, help="floating-point model to compare with")
+    evaluate.add_argument("--text", type=Path, help="text file; default: the shipped held-out text")
+    evaluate.add_argument("--window", type=int, help="tokens per window")
+    evaluate.add_argument("--max-tokens", type=int)
+    evaluate.add_argument(
+        "--tasks", nargs="+", default=[], help="local JSONL files, or lm-eval task names"
+    )
+    evaluate.add_argument("--include-path", help="folder with lm-eval YAML tasks")
+    evaluate.add_argument("--limit", type=int, help="documents per task")
+    evaluate.add_argument("--num-fewshot", type=int, default=0)
+    evaluate.add_argument("--json", type=Path, help="write the figures here")
+
+
+def _add_report(commands: Any) -> None:
+    report = _command(commands, "report", _report, "output SQNR, blocks and bits per layer")
+    report.add_argument("model", type=Path, help="quantized model directory")
+    report.add_argument("--original", type=Path, required=True, help="the model before")
+    report.add_argument("--text", type=Path, help="text file; default: a shipped text")
+    report.add_argument("--tokens", type=int, default=2048)
+    report.add_argument("--json", type=Path, help="write the rows here")
+    report.add_argument("--plot", type=Path, help="write a PNG here")
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from arc_ao.demo import run_demo
+
+    run_demo(args.output, max_tokens=args.max_tokens, console=Console())
+
+
+def _quantize(args: argparse.Namespace) -> None:
+    from arc_ao.calibration.data import text_batches
+    from arc_ao.config import ARCConfig
+    from arc_ao.eval.perplexity import read_text
+    from arc_ao.integrations.huggingface import check_output, load_model, save_pretrained
+    from arc_ao.quantize import quantize_
+    from arc_ao.shipped import CALIBRATION_TEXT
+
+    check_output(args.output)
+    config = ARCConfig(budget=args.budget, recipe=args.recipe, pad_in_features=args.pad_in_features)
+    model, tokenizer = load_model(args.model)
+    text = read_text(args.calib or CALIBRATION_TEXT)
+    window = min(512, getattr(model.config, "max_position_embeddings", 512))
+    batches = text_batches(tokenizer, text, window=window, max_tokens=args.calib_tokens)
+    summary = quantize_(model, config, calibration_data=batches)
+    save_pretrained(model, args.output, tokenizer)
+    print(summary)
+    print(f"wrote {args.output}")
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from arc_ao.eval.perplexity import evaluate_text, read_text
+    from arc_ao.integrations.huggingface import load_model
+    from arc_ao.shipped import HELDOUT_TEXT
+
+    model, tokenizer = load_model(args.model)
+    reference = load_model(args.original)[0] if args.original else None
+    figures: dict[str, Any] = {}
+    if args.text or not args.tasks:
+        metrics = evaluate_text(
+            model,
+            tokenizer,
+            read_text(args.text or HELDOUT_TEXT),
+            reference=reference,
+            window=args.window,
+            max_tokens=args.max_tokens,
+        )
+        figures["text"] = metrics.to_dict()
+        for name, value in figures["text"].items():
+            print(f"{name:14s} {'-' if value is None else value}")
+    if args.tasks:
+        from arc_ao.integrations.lm_eval import evaluate, format_results
+
+        figures["lm_eval"] = evaluate(
+            model,
+            tokenizer,
+            args.tasks,
+            reference=reference,
+            include_path=args.include_path,
+            num_fewshot=args.num_fewshot,
+            limit=args.limit,
+        )
+        Console().print(format_results(figures["lm_eval"]))
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def _report(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from arc_ao.calibration.data import text_batches
+    from arc_ao.eval.perplexity import read_text
+    from arc_ao.eval.plot import plot_report
+    from arc_ao.eval.report import format_report, layer_report, save_report
+    from arc_ao.integrations.huggingface import load_model
+    from arc_ao.shipped import CALIBRATION_TEXT
+
+    model, tokenizer = load_model(args.model)
+    original, _ = load_model(args.original)
+    text = read_text(args.text or CALIBRATION_TEXT)
+    rows = layer_report(model, original, text_batches(tokenizer, text, max_tokens=args.tokens))
+    Console().print(format_report(rows))
+    if args.json:
+        save_report(rows, args.json)
+    if args.plot:
+        plot_report(rows, args.plot)
+
+
+def _env(args: argparse.Namespace) -> None:
+    from arc_ao.env import env_report, format_env_report
+
+    report = env_report()
+    print(json.dumps(report, indent=2) if args.json else format_env_report(report))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

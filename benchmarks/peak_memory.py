@@ -1,0 +1,191 @@
+"""Peak memory of quantize_: at most the model, one decoder layer and one batch's activations.
+
+    python benchmarks/peak_memory.py                    # Llama of about 1 GB, recipe "balanced"
+    python benchmarks/peak_memory.py --recipe auto      # with the search, which takes longer
+
+A fresh process builds a random-weight Llama in bf16, runs it once on the calibration batch, then
+quantizes it. Resident memory is read from /proc (Linux), its high-water mark reset before each
+step; where the kernel does not allow that, a thread samples it.
+
+    activations = peak of the plain forward - rest          rest: RSS with the model built
+    bound       = rest + bytes of one decoder layer + activations
+    PASS        peak of quantize_ <= bound
+
+Exits with 1 on FAIL. The last line of stdout is one JSON document.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from arc_ao import ARCConfig, quantize_
+from arc_ao.env import env_report
+
+STATUS = Path("/proc/self/status")
+CLEAR_REFS = Path("/proc/self/clear_refs")
+SAMPLE_SECONDS = 0.002
+MIB = 2**20
+
+
+def resident_bytes(field: str = "VmRSS") -> int:
+    """VmRSS (now) or VmHWM (high-water mark) of this process."""
+    for line in STATUS.read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit(f"{STATUS} has no {field}; this benchmark needs Linux")
+
+
+def settle() -> int:
+    """Return freed memory to the system, then the resident bytes."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
+    if trim is not None:
+        trim(0)
+    return resident_bytes()
+
+
+def peak_of(run: Callable[[], Any]) -> int:
+    """Highest resident bytes while `run` runs."""
+    try:
+        CLEAR_REFS.write_text("5")  # VmHWM = VmRSS
+    except OSError:
+        return _sampled_peak(run)
+    run()
+    return resident_bytes("VmHWM")
+
+
+def _sampled_peak(run: Callable[[], Any]) -> int:
+    seen, done = [resident_bytes()], threading.Event()
+
+    def sample() -> None:
+        while not done.wait(SAMPLE_SECONDS):
+            seen.append(max(seen.pop(), resident_bytes()))
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        run()
+    finally:
+        done.set()
+        sampler.join()
+    return max(seen[0], resident_bytes())
+
+
+def build_model(args: argparse.Namespace) -> PreTrainedModel:
+    """Random weights; a small vocabulary keeps the logits from counting."""
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=args.hidden,
+        intermediate_size=args.intermediate,
+        num_hidden_layers=args.layers,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+def bytes_of(module: torch.nn.Module) -> int:
+    return sum(p.nbytes for p in module.parameters())
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Build, run, quantize in this process; all figures in bytes."""
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    model = build_model(args)
+    ids = torch.randint(4096, (1, args.tokens))
+    model_bytes, layer_bytes = bytes_of(model), bytes_of(model.model.layers[0])
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(ids, use_cache=False)
+
+    def quantize() -> None:
+        config = ARCConfig(budget=args.budget, recipe=args.recipe)
+        quantize_(model, config, calibration_data=[ids], progress=sys.stderr.isatty())
+
+    forward()  # threads and libraries start here, not in the figures
+    before_forward = settle()
+    activations = peak_of(forward) - before_forward
+    rest = settle()
+    start = time.perf_counter()
+    peak = peak_of(quantize)
+    bound = rest + layer_bytes + activations
+    return {
+        "model_bytes": model_bytes,
+        "layer_bytes": layer_bytes,
+        "activation_bytes": activations,
+        "rest_bytes": rest,
+        "bound_bytes": bound,
+        "peak_bytes": peak,
+        "after_bytes": settle(),
+        "quantize_seconds": time.perf_counter() - start,
+        "passed": peak <= bound,
+    }
+
+
+def print_table(figures: dict[str, Any], title: str) -> None:
+    """The figures in MiB and the verdict."""
+    table = Table("", title=title)
+    table.add_column("MiB", justify="right")
+    names = {
+        "model_bytes": "model",
+        "layer_bytes": "one decoder layer",
+        "activation_bytes": "activations of one batch",
+        "rest_bytes": "resident before quantize_ (libraries and model)",
+        "bound_bytes": "bound: that + one layer + activations",
+        "peak_bytes": "peak during quantize_",
+        "after_bytes": "resident afterwards",
+    }
+    for key, name in names.items():
+        table.add_row(name, f"{figures[key] / MIB:.1f}")
+    Console().print(table)
+    Console().print("PASS" if figures["passed"] else "FAIL")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=11)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--intermediate", type=int, default=5632)
+    parser.add_argument("--tokens", type=int, default=512, help="in the one calibration batch")
+    parser.add_argument("--recipe", choices=("auto", "balanced", "plain"), default="balanced")
+    parser.add_argument("--budget", type=float, default=0.06)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    if args.in_this_process:
+        print(json.dumps(measure(args)))
+        return 0
+    command = [sys.executable, __file__, *(sys.argv[1:] if argv is None else argv)]
+    child = subprocess.run(
+        [*command, "--in-this-process"], stdout=subprocess.PIPE, text=True, check=True
+    )
+    figures = json.loads(child.stdout.splitlines()[-1])
+    print_table(figures, f"peak memory, recipe {args.recipe!r}, budget {args.budget:.0%}")
+    arguments = {k: v for k, v in vars(args).items() if k != "in_this_process"}
+    header = {"arguments": arguments, "versions": env_report()["versions"], "threads": args.threads}
+    print(json.dumps({"benchmark": "peak_memory", **header, **figures}))
+    return 0 if figures["passed"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""The command line, in process, on tiny models."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import byte_tokenizer, tiny_llama
+
+from arc_ao.cli import main
+from arc_ao.env import env_report
+from arc_ao.ops import OPERATORS
+
+TEXT = "It is a truth universally acknowledged that a test wants text. " * 40
+
+
+@pytest.fixture
+def model_dir(tmp_path) -> Path:
+    directory = tmp_path / "model"
+    tiny_llama().to(torch.bfloat16).save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def text_file(tmp_path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def _quantize(model_dir: Path, text_file: Path, output: Path, *options: str) -> int:
+    calibration = ["--calib", str(text_file), "--calib-tokens", "256"]
+    return main(["quantize", str(model_dir), "-o", str(output), *calibration, *options])
+
+
+def test_quantize_eval_report(model_dir, text_file, tmp_path, capsys):
+    """The chain a user runs: quantize, evaluate against the original, report per layer."""
+    output = tmp_path / "quantized"
+    assert _quantize(model_dir, text_file, output, "--recipe", "balanced", "--budget", "0.2") == 0
+    assert "14 linears quantized" in capsys.readouterr().out
+    figures = tmp_path / "eval.json"
+    original = ["--original", str(model_dir)]
+    command = ["eval", str(output), *original, "--text", str(text_file), "--json", str(figures)]
+    assert main(command) == 0
+    text = json.loads(figures.read_text())["text"]
+    assert text["mean_kl"] > 0 and text["perplexity"] > 1
+    rows, plot = tmp_path / "rows.json", tmp_path / "rows.png"
+    files = ["--text", str(text_file), "--json", str(rows), "--plot", str(plot)]
+    assert main(["report", str(output), *original, *files]) == 0
+    assert len(json.loads(rows.read_text())) == 14 and plot.stat().st_size > 1000
+
+
+def test_eval_tasks(model_dir, tmp_path, capsys):
+    """Local JSONL tasks, quantized and floating point side by side."""
+    task = tmp_path / "colours.jsonl"
+    row = {"query": "The sky is", "choices": ["blue", "a tax form"], "gold": 0}
+    task.write_text("\n".join([json.dumps(row)] * 3))
+    command = ["eval", str(model_dir), "--original", str(model_dir), "--tasks", str(task)]
+    assert main([*command, "--json", str(tmp_path / "out.json")]) == 0
+    results = json.loads((tmp_path / "out.json").read_text())["lm_eval"]
+    assert results["tasks"] == results["reference"] and "colours" in results["tasks"]
+
+
+def test_env_names_every_operator(capsys):
+    assert main(["env"]) == 0
+    table = capsys.readouterr().out
+    assert all(name in table for name in OPERATORS)
+    assert main(["env", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(env_report()))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--budget", "-1"], "budget is extra channels over in_features"),
+        (["--calib", "missing.txt"], "missing.txt"),
+    ],
+)
+def test_mistakes_print_one_line_and_leave_nothing(
+    model_dir, text_file, tmp_path, capsys, options, message
+):
+    """A user mistake is one line on stderr, exit status 2, and no output folder."""
+    output = tmp_path / "quantized"
+    assert _quantize(model_dir, text_file, output, *options) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error.splitlines()[-1] and "Traceback" not in error
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "text.txt"]
+
+
+def test_existing_output_is_refused_before_any_work(model_dir, text_file, tmp_path, capsys):
+    assert _quantize(model_dir, text_file, model_dir) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+
+
+def test_missing_model_is_named(tmp_path, capsys):
+    assert main(["eval", str(tmp_path / "nowhere")]) == 2
+    assert "expected a Hugging Face model directory" in capsys.readouterr().err
+
+
+def test_already_quantized_model_is_refused(model_dir, text_file, tmp_path, capsys):
+    output = tmp_path / "quantized"
+    assert _quantize(model_dir, text_file, output, "--recipe", "plain", "--budget", "0") == 0
+    assert _quantize(output, text_file, tmp_path / "again", "--recipe", "plain") == 2
+    assert "already quantized" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()

@@ -1,0 +1,234 @@
+"""The recipe search: what is tried, who wins, and that trying leaves no trace."""
+
+import gc
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import tiny_llama
+from torch import nn
+
+from arc_ao import ARCConfig, ARCTensor, quantize_
+from arc_ao.calibration.data import calibrate
+from arc_ao.calibration.session import CalibrationSession, observer_on
+from arc_ao.methods import recipe as recipe_module
+from arc_ao.methods.plan import analyse_session, make_plans
+from arc_ao.methods.recipe import Trial, best, quantized_on_the_fly, search_recipe
+
+
+def batches(count: int = 2) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return [torch.randint(0, 256, (2, 16), generator=g) for _ in range(count)]
+
+
+def outlier_llama() -> nn.Module:
+    """A tiny Llama whose norms blow up scattered channels, as large models do."""
+    model = tiny_llama(num_hidden_layers=1)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.input_layernorm.weight[[3, 37]] = 20.0
+            layer.post_attention_layernorm.weight[[5, 60]] = 30.0
+    return model
+
+
+def session_on(model: nn.Module, config: ARCConfig) -> CalibrationSession:
+    """Calibrated session of every linear but the head."""
+    quantize_(model, config.with_step("prepare"))
+    calibrate(model, batches(), progress=False)
+    return observer_on(model.model.layers[0].self_attn.q_proj).session
+
+
+def key(trial: Trial) -> tuple:
+    c = trial.config
+    return c.channel_order, c.granularity, c.exchange_rate, c.four_over_six
+
+
+def searched(monkeypatch, divergence, **settings) -> list[Trial]:
+    """Trials of a search in which `divergence(config)` stands for running the model."""
+    measure = lambda self, configs: [Trial(c, divergence(c)) for c in configs]
+    monkeypatch.setattr(recipe_module._Search, "measure", measure)
+    session = CalibrationSession(ARCConfig(**settings))
+    return search_recipe(nn.Identity(), session, batches(), progress=False)
+
+
+def test_each_field_is_tried_on_the_winner_so_far(monkeypatch):
+    """Eight candidates: the base, four rates, then each other field with the best rate."""
+    fields = {"exchange_rate": 3.0, "granularity": "channel", "four_over_six": True}
+
+    def divergence(config: ARCConfig) -> float:
+        return 1.0 - 0.2 * sum(getattr(config, k) == v for k, v in fields.items())
+
+    winner, *rest = searched(monkeypatch, divergence)
+    rates = {("none", "block", rate, False) for rate in (0.0, 0.3, 1.0, 3.0, "inf")}
+    later = {("amax", "block", 3.0, False), ("none", "channel", 3.0, False)}
+    assert key(winner) == ("none", "channel", 3.0, True)
+    assert {key(t) for t in rest} == rates | later
+    assert len(rest) == 7
+    assert [t.divergence for t in rest] == sorted(t.divergence for t in rest)
+    assert all(t.config.searched == [] for t in rest)
+
+
+@pytest.mark.parametrize("wins", [("channel_order", "amax"), ("exchange_rate", "inf")])
+def test_gathering_is_not_tried_where_it_means_nothing(monkeypatch, wins):
+    """Sorted channels share blocks already; "inf" leaves no activation residual to gather."""
+    trials = searched(monkeypatch, lambda c: 1.0 - 0.5 * (getattr(c, wins[0]) == wins[1]))
+    assert getattr(trials[0].config, wins[0]) == wins[1]
+    assert all(t.config.granularity == "block" for t in trials)
+
+
+@pytest.mark.parametrize(
+    "settings, count",
+    [
+        ({}, 8),
+        ({"granularity": "block", "four_over_six": False}, 6),
+        ({"channel_order": "none", "exchange_rate": 1.0, "four_over_six": True}, 2),
+        # Numbers of channels and thresholds leave nothing to exchange: no duplicates.
+        ({"num_act_channels": 16, "four_over_six": False}, 3),
+        ({"num_weight_channels": 16, "four_over_six": False}, 2),
+        ({"selection": "threshold", "four_over_six": False}, 2),
+        ({"budget": 0.0}, 3),
+    ],
+)
+def test_given_fields_are_not_searched(monkeypatch, settings, count):
+    trials = searched(monkeypatch, lambda config: 1.0, **settings)
+    assert len({key(t) for t in trials}) == len(trials) == count
+    for name, value in settings.items():
+        assert all(getattr(t.config, name) == value for t in trials)
+
+
+def test_a_search_measures_a_real_model():
+    """Divergences are positive and differ; quantize_ converts with the winner."""
+    model = outlier_llama()
+    config = ARCConfig(budget=0.2, channel_order="none", granularity="block")
+    summary = quantize_(model, config, calibration_data=batches(), progress=False)
+    trials = summary.trials[0]
+    assert len({t["divergence"] for t in trials}) > 3 and all(t["divergence"] > 0 for t in trials)
+    for name in ("exchange_rate", "four_over_six"):
+        assert summary.configs[0]["_data"][name] == trials[0][name]
+
+
+def trial(divergence: float, **settings) -> Trial:
+    return Trial(ARCConfig(recipe="balanced", **settings).resolve(), divergence)
+
+
+def test_among_equals_the_cheaper_wins():
+    """Within 5 % of the least divergence run time decides, and divergence among equal costs."""
+    plain, plain_too = trial(1.05), trial(1.04)
+    gathered, wide = trial(1.02, granularity="channel"), trial(1.01, four_over_six=True)
+    sorted_ = trial(1.0, channel_order="amax")
+    assert best([sorted_, wide, gathered, plain]) is plain
+    assert best([sorted_, wide, gathered, plain, plain_too]) is plain_too
+    assert best([sorted_, wide, gathered, trial(1.06)]) is gathered
+    assert best([sorted_, wide]) is wide
+    assert best([sorted_, trial(1.051, four_over_six=True)]) is sorted_
+    assert best([trial(float("inf")), sorted_]) is sorted_
+    broken = trial(float("inf"))
+    assert best([broken]) is broken
+    assert best([trial(1e-9), trial(0.0, channel_order="amax")]).divergence == 0.0
+
+
+def test_the_search_leaves_no_trace():
+    """Statistics, weights, hooks and modes are as before; the session observes again."""
+    model = tiny_llama(num_hidden_layers=1)
+    config = ARCConfig(channel_order="none", granularity="block", exchange_rate=1.0)
+    session = session_on(model, config)
+    model.train()
+    model.model.eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    modes = [m.training for m in model.modules()]
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    search_recipe(model, session, batches(), progress=False)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert modes == [m.training for m in model.modules()]
+    assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    assert session.observing
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"granularity": "channel", "four_over_six": True},
+        {"channel_order": "amax", "activation_scale": "static", "exchange_rate": 3.0},
+    ],
+)
+def test_trying_gives_the_output_of_converting(settings):
+    """Quantized on the fly and converted for good: the same logits, bit for bit."""
+    model = outlier_llama()
+    config = ARCConfig(recipe="balanced", budget=0.2, **settings).resolve()
+    session = session_on(model, config)
+    plans = make_plans(analyse_session(session, config), config)
+    session.observing = False
+    with torch.no_grad(), quantized_on_the_fly(session, plans):
+        tried = model(batches()[0]).logits
+    quantize_(model, config.with_step("convert"))
+    with torch.no_grad():
+        assert torch.equal(tried, model(batches()[0]).logits)
+
+
+def live_arc_tensors() -> int:
+    gc.collect()
+    return sum(isinstance(o, ARCTensor) for o in gc.get_objects())
+
+
+def test_at_most_one_layer_is_quantized_at_a_time():
+    """Memory: one ARCTensor while its linear runs, none outside; parameters come back as such."""
+    model = tiny_llama(num_hidden_layers=1)
+    config = ARCConfig(recipe="balanced").resolve()
+    session = session_on(model, config)
+    plans = make_plans(analyse_session(session, config), config)
+    originals = dict(model.named_parameters())
+    elsewhere, inside = live_arc_tensors(), []
+    with quantized_on_the_fly(session, plans):
+        for member in session.members:
+            member.module.register_forward_hook(lambda *_: inside.append(live_arc_tensors()))
+        model.model.norm.register_forward_hook(lambda *_: inside.append(live_arc_tensors() + 1))
+        model(batches()[0])
+    assert max(inside) - elsewhere <= 1 and len(inside) == len(session.members) + 1
+    assert all(originals[name] is p for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("where", ["inside", "between", "caught"])
+def test_weights_come_back_when_the_forward_raises(where):
+    """Inside a linear, between two, or where the model catches the error and goes on."""
+    linear, config = nn.Linear(32, 32), ARCConfig(recipe="plain", budget=0.0).resolve()
+    session = CalibrationSession(config)
+    session.attach("linear", linear)
+    plans = make_plans(analyse_session(session, config), config)
+    session.observing = False
+    weight = linear.weight
+    wrong, right = torch.zeros(2, 31), torch.ones(2, 32)
+    if where == "caught":
+        with quantized_on_the_fly(session, plans):
+            expected = linear(right)
+            with pytest.raises(ValueError):
+                linear(wrong)
+            assert linear.weight is weight
+            assert torch.equal(linear(right), expected)
+    else:
+        with pytest.raises((ValueError, ZeroDivisionError)):
+            with quantized_on_the_fly(session, plans):
+                linear(wrong if where == "inside" else right)
+                raise ZeroDivisionError
+    assert linear.weight is weight
+    assert not linear._forward_hooks and len(linear._forward_pre_hooks) == 1
+
+
+def test_only_so_many_tokens_are_searched(monkeypatch):
+    """Evenly spaced batches, never above the limit unless one batch alone is."""
+    monkeypatch.setattr(recipe_module, "SEARCH_TOKENS", 100)
+    make = lambda *sizes: [torch.zeros(1, n, dtype=torch.long) for n in sizes]
+    for sizes in ([30] * 3, [30] * 5, [40] * 40, [99, 1, 1], [100, 1], [200, 300], [7] * 1000):
+        chosen = recipe_module._some(make(*sizes))
+        tokens = sum(b.numel() for b in chosen)
+        assert tokens <= 100 or len(chosen) == 1
+        assert tokens >= min(sum(sizes), 50) or len(set(sizes)) > 1
+    assert len(recipe_module._some(make(*[40] * 40))) == 2
+
+
+def test_cost_counts_what_runs():
+    assert trial(0.0).cost == 0
+    everything = replace(trial(0.0, four_over_six=True, granularity="channel").config)
+    assert 0 < Trial(everything, 0.0).cost < trial(0.0, channel_order="amax").cost
