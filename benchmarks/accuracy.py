@@ -153,7 +153,7 @@ def print_table(rows: dict[str, dict[str, Any]], title: str) -> None:
             f"{row['bits_per_weight']:.2f}",
             f"{row['quantize_seconds']:.1f}",
         )
-    Console().print(table)
+    Console(width=100).print(table)
 
 
 def run_header(args: argparse.Namespace) -> dict[str, Any]:

@@ -143,16 +143,16 @@ def print_table(kinds: dict[str, dict[str, dict[str, Any]]], title: str) -> None
         gains = [rows[name]["sqnr_db"] - rows[PLAIN]["sqnr_db"] for rows in kinds.values()]
         values = [rows[name]["sqnr_db"] for rows in kinds.values()]
         table.add_row(name, *(f"{v:.2f} ({g:+.2f})" for v, g in zip(values, gains, strict=True)))
-    Console().print(table)
+    Console(width=100).print(table)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--imatrix", type=Path, action="append", required=True)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND")
-    parser.add_argument("--every", type=int, default=9, help="take every n-th layer")
+    parser.add_argument("--every", type=int, default=12, help="take every n-th layer")
     parser.add_argument("--tokens", type=int, default=512, help="for calibration and evaluation")
-    parser.add_argument("--out-features", type=int, default=1024)
+    parser.add_argument("--out-features", type=int, default=512)
     parser.add_argument("--weights", choices=("gaussian", "balanced"), default="gaussian")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)

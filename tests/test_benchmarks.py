@@ -151,7 +151,8 @@ def test_peak_of_sees_memory_that_is_freed_again():
 
 
 @pytest.mark.skipif(not peak_memory.STATUS.exists(), reason="reads /proc of Linux")
-def test_peak_memory_runs(capsys):
+def test_peak_memory_runs(monkeypatch, capsys):
+    monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS.parent))  # of the fresh process
     sizes = ["--layers", "1", "--hidden", "64", "--intermediate", "128", "--tokens", "16"]
     code = peak_memory.main([*sizes, "--threads", "1"])
     result = last_json(capsys)

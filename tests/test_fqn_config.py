@@ -1,13 +1,20 @@
 """FqnToConfig: one call, a config per layer, by torchao's own precedence."""
 
 from collections import OrderedDict
+from dataclasses import dataclass
 
 import pytest
 import torch
+from test_refusals import refused
 from tiny_models import tiny_llama
 from torch import nn
 from torchao.core.config import AOBaseConfig
-from torchao.quantization import FqnToConfig, Int8Tensor, Int8WeightOnlyConfig
+from torchao.quantization import (
+    FqnToConfig,
+    Int8Tensor,
+    Int8WeightOnlyConfig,
+    register_quantize_module_handler,
+)
 from torchao.quantization import quantize_ as torchao_quantize_
 
 from arc_ao import ARCConfig, ARCTensor, quantize_
@@ -84,16 +91,7 @@ def test_precedence_is_torchaos(entries, expected):
     """The same layer gets the same config from both `quantize_`."""
     # torchao would apply every pattern that matches a parameter, so it gets only the first.
     configs = {name: explicit(number) for name, number in entries}
-    model = tiny_llama(num_hidden_layers=1)
-    data = batches()
-    only_q = table(**configs)
-    quantize_(
-        model,
-        only_q,
-        calibration_data=data,
-        progress=False,
-        filter_fn=lambda module, name: name == Q,
-    )
+    model, _ = quantized(table(**configs), filter_fn=lambda module, name: name == Q)
     assert channels(model) == {"q_proj": (expected, 0)}
 
 
@@ -128,7 +126,8 @@ def test_searching_one_config_does_not_feed_another(monkeypatch):
     analyse = module.analyse_session
     monkeypatch.setattr(module, "analyse_session", spy)
     monkeypatch.setattr("arc_ao.methods.recipe.analyse_session", spy)
-    quantized(table(**{"re:.*attn.*": ARCConfig(budget=0.1), "re:.*mlp.*": ARCConfig(budget=0.1)}))
+    configs = [ARCConfig(budget=b, granularity="block", exchange_rate=1.0) for b in (0.1, 0.2)]
+    quantized(table(**{Q: configs[0], O: configs[1]}))
     tokens = sum(b.numel() for b in batches())
     assert counts and all(seen == {tokens} for seen in counts.values())
 
@@ -161,3 +160,33 @@ def test_loading_configs_per_layer_restore_a_model():
     assert all(isinstance(loaded.get_submodule(name).weight, ARCTensor) for name in layers)
     loaded.load_state_dict(model.state_dict())
     assert torch.equal(loaded(batches()[0]).logits, model(batches()[0]).logits)
+
+
+@dataclass
+class BrokenConfig(AOBaseConfig):
+    """A config of another package whose handler replaces the module, then fails on one."""
+
+    version: int = 1
+
+
+@register_quantize_module_handler(BrokenConfig)
+def _broken(module: nn.Module, config: BrokenConfig) -> nn.Module:
+    if module.out_features == 64:
+        raise RuntimeError("not this one")
+    return nn.Identity()
+
+
+@pytest.mark.parametrize("first", [explicit(), Int8WeightOnlyConfig()])
+def test_a_foreign_config_that_fails_changes_nothing(first):
+    """FqnToConfig: layers already converted, by anyone, come back."""
+    config = table(**{"re:.*attn.*": first, "re:.*mlp.*": BrokenConfig()})
+    model = tiny_llama(num_hidden_layers=1)
+    refused(model, config, match="not this one", error=RuntimeError, calibration_data=batches())
+
+
+def test_a_refusal_within_a_table_changes_nothing():
+    """FqnToConfig: one layer's config cannot be met, another could."""
+    model, match = tiny_llama(num_hidden_layers=1), f"^{Q}: asked for 80 act"
+    refused(
+        model, table(**{O: explicit(), Q: explicit(80)}), match=match, calibration_data=batches()
+    )

@@ -69,18 +69,18 @@ def test_hand_computed_block():
     assert nvfp4.dequantize(qdata, scale, outer)[16:].tolist() == expected
 
 
-SMALL_BLOCKS = [
+LITERAL_BLOCKS = [
     ([], 0x01, 0x00),  # zero block: smallest scale, codes 0
     ([2.0**-9], 0x01, 0x02),  # amax / 6 below the smallest subnormal is raised to it
     ([2.0**-12], 0x01, 0x00),  # and what is too small for that vanishes
     ([6 * 2.0**-8, -3 * 2.0**-8], 0x02, 0xD7),  # subnormal scale 2^-8
-    ([6 * 7 * 2.0**-9], 0x07, 0x07),  # the largest subnormal
     ([6 * 2.0**-6], 0x08, 0x07),  # the smallest normal
+    ([6 * 1.875, 2.5 * 1.875], 0x3F, 0x57),  # times the reciprocal, where division gives 0x47
 ]
 
 
-def test_small_block_scales():
-    for block, bits, first_byte in SMALL_BLOCKS:
+def test_literal_blocks():
+    for block, bits, first_byte in LITERAL_BLOCKS:
         qdata, scale, _ = nvfp4.quantize(with_full_scale(block))
         assert (scale[1], qdata[8], qdata[9:].any()) == (bits, first_byte, False), block
 
@@ -134,13 +134,13 @@ def test_representable_values_quantize_to_themselves_and_fit_bf16():
 
 
 def test_four_over_six_literal_blocks():
-    """amax/4 wins where 3/4 of amax occurs, amax/6 keeps ties and what it represents exactly."""
+    """amax/4 wins where 3/4 of amax occurs, amax/6 keeps ties."""
     blocks = torch.zeros(3, 16)
     blocks[0, :2] = torch.tensor([6.0, 4.5])  # 4 * 1.5 and 3 * 1.5
-    blocks[1, :2] = torch.tensor([6.0, 4.0])  # blocks[2] is zero
+    blocks[1, 0] = 6.0  # 6 * 1 and 4 * 1.5 tie; so do all scales of blocks[2]
     codes, scale = nvfp4.quantize_blocks(blocks, four_over_six=True)
     assert scale.tolist() == [1.5, 1.0, 2.0**-9]
-    assert codes[:, :2].tolist() == [[6, 5], [7, 6], [0, 0]]
+    assert codes[:, :2].tolist() == [[6, 5], [7, 0], [0, 0]]
 
 
 def test_four_over_six_never_has_more_error_than_plain():

@@ -1,7 +1,6 @@
 """The recipe search: what is tried, who wins, and that trying leaves no trace."""
 
 import gc
-from dataclasses import replace
 
 import pytest
 import torch
@@ -24,10 +23,7 @@ def batches(count: int = 2) -> list[torch.Tensor]:
 def outlier_llama() -> nn.Module:
     """A tiny Llama whose norms blow up scattered channels, as large models do."""
     model = tiny_llama(num_hidden_layers=1)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.input_layernorm.weight[[3, 37]] = 20.0
-            layer.post_attention_layernorm.weight[[5, 60]] = 30.0
+    model.model.layers[0].input_layernorm.weight.data[[3, 37]] = 20.0
     return model
 
 
@@ -62,18 +58,17 @@ def test_each_field_is_tried_on_the_winner_so_far(monkeypatch):
     rates = {("none", "block", rate, False) for rate in (0.0, 0.3, 1.0, 3.0, "inf")}
     later = {("amax", "block", 3.0, False), ("none", "channel", 3.0, False)}
     assert key(winner) == ("none", "channel", 3.0, True)
-    assert {key(t) for t in rest} == rates | later
-    assert len(rest) == 7
+    assert {key(t) for t in rest} == rates | later and len(rest) == 7
     assert [t.divergence for t in rest] == sorted(t.divergence for t in rest)
     assert all(t.config.searched == [] for t in rest)
 
 
-@pytest.mark.parametrize("wins", [("channel_order", "amax"), ("exchange_rate", "inf")])
-def test_gathering_is_not_tried_where_it_means_nothing(monkeypatch, wins):
+@pytest.mark.parametrize("field, value", [("channel_order", "amax"), ("exchange_rate", "inf")])
+def test_gathering_is_not_tried_where_it_means_nothing(monkeypatch, field, value):
     """Sorted channels share blocks already; "inf" leaves no activation residual to gather."""
-    trials = searched(monkeypatch, lambda c: 1.0 - 0.5 * (getattr(c, wins[0]) == wins[1]))
-    assert getattr(trials[0].config, wins[0]) == wins[1]
-    assert all(t.config.granularity == "block" for t in trials)
+    winner, *rest = searched(monkeypatch, lambda c: 1.0 - 0.5 * (getattr(c, field) == value))
+    assert getattr(winner.config, field) == value
+    assert all(t.config.granularity == "block" for t in rest)
 
 
 @pytest.mark.parametrize(
@@ -122,50 +117,36 @@ def test_among_equals_the_cheaper_wins():
     assert best([sorted_, wide]) is wide
     assert best([sorted_, trial(1.051, four_over_six=True)]) is sorted_
     assert best([trial(float("inf")), sorted_]) is sorted_
-    broken = trial(float("inf"))
-    assert best([broken]) is broken
     assert best([trial(1e-9), trial(0.0, channel_order="amax")]).divergence == 0.0
 
 
 def test_the_search_leaves_no_trace():
-    """Statistics, weights, hooks and modes are as before; the session observes again."""
+    """Statistics, weights and hooks are as before; the session observes again."""
     model = tiny_llama(num_hidden_layers=1)
     config = ARCConfig(channel_order="none", granularity="block", exchange_rate=1.0)
     session = session_on(model, config)
-    model.train()
-    model.model.eval()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    modes = [m.training for m in model.modules()]
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     search_recipe(model, session, batches(), progress=False)
-    after = model.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[k], after[k]) for k in before)
-    assert modes == [m.training for m in model.modules()]
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     assert session.observing
 
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {},
-        {"granularity": "channel", "four_over_six": True},
-        {"channel_order": "amax", "activation_scale": "static", "exchange_rate": 3.0},
-    ],
+    [{"granularity": "channel", "four_over_six": True}, {"channel_order": "amax"}],
 )
 def test_trying_gives_the_output_of_converting(settings):
     """Quantized on the fly and converted for good: the same logits, bit for bit."""
-    model = outlier_llama()
-    config = ARCConfig(recipe="balanced", budget=0.2, **settings).resolve()
+    model, config = outlier_llama(), ARCConfig(recipe="balanced", budget=0.2, **settings).resolve()
     session = session_on(model, config)
     plans = make_plans(analyse_session(session, config), config)
     session.observing = False
-    with torch.no_grad(), quantized_on_the_fly(session, plans):
+    with quantized_on_the_fly(session, plans):
         tried = model(batches()[0]).logits
     quantize_(model, config.with_step("convert"))
-    with torch.no_grad():
-        assert torch.equal(tried, model(batches()[0]).logits)
+    assert torch.equal(tried, model(batches()[0]).logits)
 
 
 def live_arc_tensors() -> int:
@@ -175,8 +156,7 @@ def live_arc_tensors() -> int:
 
 def test_at_most_one_layer_is_quantized_at_a_time():
     """Memory: one ARCTensor while its linear runs, none outside; parameters come back as such."""
-    model = tiny_llama(num_hidden_layers=1)
-    config = ARCConfig(recipe="balanced").resolve()
+    model, config = tiny_llama(num_hidden_layers=1), ARCConfig(recipe="balanced").resolve()
     session = session_on(model, config)
     plans = make_plans(analyse_session(session, config), config)
     originals = dict(model.named_parameters())
@@ -190,45 +170,31 @@ def test_at_most_one_layer_is_quantized_at_a_time():
     assert all(originals[name] is p for name, p in model.named_parameters())
 
 
-@pytest.mark.parametrize("where", ["inside", "between", "caught"])
-def test_weights_come_back_when_the_forward_raises(where):
-    """Inside a linear, between two, or where the model catches the error and goes on."""
+def test_weights_come_back_when_the_forward_raises():
+    """Inside a linear, also where the model catches the error and goes on; and between two."""
     linear, config = nn.Linear(32, 32), ARCConfig(recipe="plain", budget=0.0).resolve()
     session = CalibrationSession(config)
     session.attach("linear", linear)
     plans = make_plans(analyse_session(session, config), config)
     session.observing = False
-    weight = linear.weight
-    wrong, right = torch.zeros(2, 31), torch.ones(2, 32)
-    if where == "caught":
-        with quantized_on_the_fly(session, plans):
-            expected = linear(right)
-            with pytest.raises(ValueError):
-                linear(wrong)
-            assert linear.weight is weight
-            assert torch.equal(linear(right), expected)
-    else:
-        with pytest.raises((ValueError, ZeroDivisionError)):
-            with quantized_on_the_fly(session, plans):
-                linear(wrong if where == "inside" else right)
-                raise ZeroDivisionError
+    weight, x = linear.weight, torch.ones(2, 32)
+    with pytest.raises(ZeroDivisionError), quantized_on_the_fly(session, plans):
+        expected = linear(x)
+        with pytest.raises(ValueError, match="31 channels"):
+            linear(x[:, 1:])
+        assert linear.weight is weight
+        assert torch.equal(linear(x), expected)
+        raise ZeroDivisionError
     assert linear.weight is weight
     assert not linear._forward_hooks and len(linear._forward_pre_hooks) == 1
 
 
-def test_only_so_many_tokens_are_searched(monkeypatch):
-    """Evenly spaced batches, never above the limit unless one batch alone is."""
+# The largest number of evenly spaced batches that fits; one batch even if it alone does not.
+@pytest.mark.parametrize(
+    "sizes, kept",
+    [([30] * 3, 3), ([30] * 5, 3), ([40] * 40, 2), ([200, 300], 1), ([7] * 1000, 14), ([1], 1)],
+)
+def test_only_so_many_tokens_are_searched(monkeypatch, sizes, kept):
     monkeypatch.setattr(recipe_module, "SEARCH_TOKENS", 100)
-    make = lambda *sizes: [torch.zeros(1, n, dtype=torch.long) for n in sizes]
-    for sizes in ([30] * 3, [30] * 5, [40] * 40, [99, 1, 1], [100, 1], [200, 300], [7] * 1000):
-        chosen = recipe_module._some(make(*sizes))
-        tokens = sum(b.numel() for b in chosen)
-        assert tokens <= 100 or len(chosen) == 1
-        assert tokens >= min(sum(sizes), 50) or len(set(sizes)) > 1
-    assert len(recipe_module._some(make(*[40] * 40))) == 2
-
-
-def test_cost_counts_what_runs():
-    assert trial(0.0).cost == 0
-    everything = replace(trial(0.0, four_over_six=True, granularity="channel").config)
-    assert 0 < Trial(everything, 0.0).cost < trial(0.0, channel_order="amax").cost
+    data = [torch.zeros(1, n, dtype=torch.long) for n in sizes]
+    assert len(recipe_module._some(data)) == kept

@@ -89,9 +89,9 @@ def test_linear_approximates_the_unquantized_one(variant, floor_db):
 @pytest.mark.parametrize("in_features", [64, 40])  # a multiple of 16; padded
 def test_dequantize_is_in_the_original_order_with_residuals(order, in_features):
     """Channels of weight residual blocks are nearly exact, all others those of plain Q(w)."""
-    weight = make_weight(in_features)
+    weight, columns = make_weight(in_features), torch.arange(16, dtype=torch.int32)
     order = None if order is None else order[order < in_features]
-    tensor = quantized(weight, channel_order=order)
+    tensor = quantized(weight, channel_order=order, act_channels=columns)
     plain = quantized(weight, act_blocks=(), weight_blocks=(), channel_order=order)
     error, base = ((t.dequantize() - weight).float().abs() for t in (tensor, plain))
     natural = torch.arange(in_features) if order is None else order.long()

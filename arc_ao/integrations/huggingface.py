@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     TorchAoConfig,
 )
+from transformers.integrations.torchao import TorchAoDeserialize
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -74,6 +75,17 @@ class ArcHfQuantizer(TorchAoHfQuantizer):
     def quantized_element_size(self) -> float:
         """Bytes per weight, for transformers' device planning: 4.5 bits."""
         return 0.5625
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        """Forget how the inner tensors were joined: saving takes them apart by itself, and
+        transformers would fail to invert the step."""
+        conversions = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [c for c in conversions if not _deserializes(c)]
+
+
+def _deserializes(conversion: Any) -> bool:
+    operations = getattr(conversion, "operations", [])
+    return any(isinstance(operation, TorchAoDeserialize) for operation in operations)
 
 
 def register() -> None:
