@@ -58,7 +58,9 @@ def quantize_(
         progress: show progress bars.
 
     Returns:
-        What was done (None for a single step). A failed call leaves the model as it was.
+        What was done (None for a single step). A refused call leaves the model as it was:
+        everything is checked before the first weight changes, and weights are then converted one
+        by one.
 
     Raises:
         ValueError: a layer that cannot be quantized, or missing calibration data.
@@ -67,9 +69,7 @@ def quantize_(
     targets = collect_targets(model, config, filter_fn)
     groups = targets.by_config()
     if any(getattr(layer_config, "step", None) for layer_config, _ in groups):
-        with _unchanged_on_error(model):
-            for layer_config, modules in groups:
-                _apply_step(model, layer_config, modules)
+        _run_step(model, groups)
         return None
     arc_groups = [(c, modules) for c, modules in groups if isinstance(c, ARCConfig)]
     _require_data(arc_groups, calibration_data)
@@ -82,8 +82,9 @@ def quantize_(
     with _unchanged_on_error(model):
         resolved = _calibrate_and_resolve(model, arc_groups, batches, progress)
         for layer_config, modules in groups:
-            final = resolved[id(layer_config)][0] if id(layer_config) in resolved else layer_config
-            _apply(model, final, modules)
+            if id(layer_config) not in resolved:
+                _apply(model, layer_config, modules)  # another library's config
+    _convert_groups(model, [(resolved[id(c)][0], modules) for c, modules in arc_groups])
     attach_quantizer(model)
     return summarize(model, list(resolved.values()), targets.skipped, before)
 
@@ -113,18 +114,46 @@ def _calibrate_and_resolve(
     return resolved
 
 
-def _apply_step(model: nn.Module, config: AOBaseConfig, modules: dict[str, nn.Linear]) -> None:
-    """One of torchao's steps; every "prepare" starts a session of its own."""
-    step = getattr(config, "step", None)
-    if isinstance(config, ARCConfig) and step == "prepare":
-        config.__dict__.pop("_session", None)
-    if isinstance(config, ARCConfig) and step == "convert":
-        if all(observer_on(module) is None for module in modules.values()):
-            raise ValueError(
-                f"{next(iter(modules))}: expected a prepared linear, found one without an "
-                "observer; call quantize_ with step='prepare' and run calibration data first"
-            )
-    _apply(model, config, modules)
+def _run_step(model: nn.Module, groups: list[tuple[AOBaseConfig, dict[str, nn.Linear]]]) -> None:
+    """One of torchao's steps. Conversions come last, when nothing can be refused any more."""
+    converts = []
+    with _unchanged_on_error(model):
+        for config, modules in groups:
+            if isinstance(config, ARCConfig) and config.step == "convert":
+                _plan_prepared(config, modules)
+                converts.append((config, modules))
+                continue
+            if isinstance(config, ARCConfig) and config.step == "prepare":
+                config.__dict__.pop("_session", None)  # every "prepare" starts its own session
+            _apply(model, config, modules)
+    _convert_groups(model, converts)
+
+
+def _plan_prepared(config: ARCConfig, modules: dict[str, nn.Linear]) -> None:
+    """Plan every session that these linears belong to."""
+    observers = [observer_on(module) for module in modules.values()]
+    if all(observer is None for observer in observers):
+        raise ValueError(
+            f"{next(iter(modules))}: expected a prepared linear, found one without an "
+            "observer; call quantize_ with step='prepare' and run calibration data first"
+        )
+    for session in {id(o.session): o.session for o in observers if o is not None}.values():
+        _plan_session(session, config.resolve())
+
+
+def _convert_groups(model: nn.Module, groups: list[tuple[ARCConfig, dict[str, nn.Linear]]]) -> None:
+    """Convert planned linears one by one, each original freed before the next is touched.
+
+    Nothing is kept to go back to, since that would cost the memory of the whole model; an interrupt
+    leaves the linears it did not reach unquantized and without observers.
+    """
+    try:
+        for config, modules in groups:
+            _apply(model, config, modules)
+    finally:
+        for _, modules in groups:
+            for module in modules.values():
+                detach(module)
 
 
 def _apply(model: nn.Module, config: AOBaseConfig, modules: dict[str, nn.Linear]) -> None:
@@ -142,11 +171,7 @@ def _apply(model: nn.Module, config: AOBaseConfig, modules: dict[str, nn.Linear]
 
 @contextmanager
 def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """Put every module back as it was if the body raises.
-
-    Parameters are kept by reference, not copied: until the body ends, the memory of the original
-    weights is not freed (0.28 of it is added meanwhile by their 4.5-bit versions).
-    """
+    """Put every module back as it was if the body raises; parameters are kept by reference."""
     machinery = {key for key, value in vars(nn.Module()).items() if isinstance(value, dict)}
     before = [
         (

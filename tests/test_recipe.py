@@ -1,18 +1,19 @@
 """The recipe search: what is tried, who wins, and that trying leaves no trace."""
 
-import gc
+import weakref
 
 import pytest
 import torch
 from tiny_models import tiny_llama
 from torch import nn
 
-from arc_ao import ARCConfig, ARCTensor, quantize_
+from arc_ao import ARCConfig, quantize_
 from arc_ao.calibration.data import calibrate
 from arc_ao.calibration.session import CalibrationSession, observer_on
 from arc_ao.methods import recipe as recipe_module
 from arc_ao.methods.plan import analyse_session, make_plans
 from arc_ao.methods.recipe import Trial, best, quantized_on_the_fly, search_recipe
+from arc_ao.methods.weights import quantize_weight
 
 
 def batches(count: int = 2) -> list[torch.Tensor]:
@@ -149,24 +150,29 @@ def test_trying_gives_the_output_of_converting(settings):
     assert torch.equal(tried, model(batches()[0]).logits)
 
 
-def live_arc_tensors() -> int:
-    gc.collect()
-    return sum(isinstance(o, ARCTensor) for o in gc.get_objects())
-
-
-def test_at_most_one_layer_is_quantized_at_a_time():
-    """Memory: one ARCTensor while its linear runs, none outside; parameters come back as such."""
+def test_at_most_one_layer_is_quantized_at_a_time(monkeypatch):
+    """Memory: one quantized weight while its linear runs, none later; parameters come back."""
     model, config = tiny_llama(num_hidden_layers=1), ARCConfig(recipe="balanced").resolve()
     session = session_on(model, config)
     plans = make_plans(analyse_session(session, config), config)
     originals = dict(model.named_parameters())
-    elsewhere, inside = live_arc_tensors(), []
+    codes, inside = [], []
+
+    def quantize_and_watch(weight, plan):
+        tensor = quantize_weight(weight, plan)
+        codes.append(weakref.ref(tensor.qdata))
+        return tensor
+
+    def alive(*_) -> None:
+        inside.append(sum(code() is not None for code in codes))
+
+    monkeypatch.setattr(recipe_module, "quantize_weight", quantize_and_watch)
     with quantized_on_the_fly(session, plans):
         for member in session.members:
-            member.module.register_forward_hook(lambda *_: inside.append(live_arc_tensors()))
-        model.model.norm.register_forward_hook(lambda *_: inside.append(live_arc_tensors() + 1))
+            member.module.register_forward_hook(alive)
         model(batches()[0])
-    assert max(inside) - elsewhere <= 1 and len(inside) == len(session.members) + 1
+    alive()
+    assert len(codes) == len(session.members) == 7 and max(inside) <= 1 and inside[-1] == 0
     assert all(originals[name] is p for name, p in model.named_parameters())
 
 

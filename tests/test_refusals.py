@@ -171,30 +171,39 @@ def test_activations_that_are_not_finite_are_refused():
     refused(Routed(), match="^first: calibration input holds NaN", calibration_data=data)
 
 
-@pytest.mark.parametrize("phase", ["calibrate", "search", "convert", "interrupt"])
-def test_a_failure_in_any_phase_changes_nothing(phase, monkeypatch):
-    """The second batch, a trial of the search, the sixth weight; in train mode but for a part."""
+@pytest.mark.parametrize("phase", ["calibrate", "search"])
+def test_a_failure_before_conversion_changes_nothing(phase):
+    """The second batch, or a trial of the search; in train mode but for a part."""
     model = small_llama().train()
     down, calls = model.model.eval().get_submodule("layers.0.mlp.down_proj"), []
-    error = KeyboardInterrupt if phase == "interrupt" else ZeroDivisionError
     forward = down.forward
 
     def failing_forward(x):
         calls.append(isinstance(down.weight, ARCTensor))
         if (phase == "search" and calls[-1]) or (phase == "calibrate" and len(calls) == 2):
-            raise error
+            raise ZeroDivisionError
         return forward(x)
 
-    def failing_quantize(weight, plan):
-        calls.append(True)
+    down.forward = failing_forward
+    config = None if phase == "search" else BALANCED
+    refused(model, config, match="^$", error=ZeroDivisionError, calibration_data=batches())
+    assert calls[-1] is (phase == "search")
+
+
+def test_an_interrupt_during_conversion_leaves_no_observers(monkeypatch):
+    """Linears that were not reached keep their weights; all of them run."""
+    model, calls = small_llama(), []
+
+    def interrupted(weight, plan):
+        calls.append(weight)
         if len(calls) == 6:
-            raise error
+            raise KeyboardInterrupt
         return quantize_weight(weight, plan)
 
-    if phase in ("calibrate", "search"):
-        down.forward = failing_forward
-    else:
-        monkeypatch.setattr("arc_ao.quantize.quantize_weight", failing_quantize)
-    config = None if phase == "search" else BALANCED
-    refused(model, config, match="^$", error=error, calibration_data=batches())
-    assert calls[-1] is (phase != "calibrate")
+    monkeypatch.setattr("arc_ao.quantize.quantize_weight", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_(model, BALANCED, calibration_data=batches(), progress=False)
+    linears = [m for n, m in model.named_modules() if n.endswith("_proj")]
+    assert sum(isinstance(m.weight, ARCTensor) for m in linears) == 5
+    assert not any(hasattr(m, "arc_observer") or m._forward_pre_hooks for m in linears)
+    assert torch.isfinite(model(batches()[0]).logits).all()
