@@ -54,7 +54,9 @@ def _command(
 def _add_demo(commands: Any) -> None:
     demo = _command(commands, "demo", _demo, "quantize the shipped model and compare")
     demo.add_argument("-o", "--output", type=Path, default=Path("demo_output"))
-    demo.add_argument("--max-tokens", type=int, help="score only this many held-out tokens")
+    demo.add_argument(
+        "--max-tokens", type=int, default=32_768, help="held-out tokens to score (32768)"
+    )
 
 
 def _add_quantize(commands: Any) -> None:
@@ -105,7 +107,8 @@ def _demo(args: argparse.Namespace) -> None:
 
     from arc_ao.demo import run_demo
 
-    run_demo(args.output, max_tokens=args.max_tokens, console=Console())
+    console = Console(width=max(100, Console().width))
+    run_demo(args.output, max_tokens=args.max_tokens, console=console)
 
 
 def _quantize(args: argparse.Namespace) -> None:

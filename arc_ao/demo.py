@@ -56,7 +56,7 @@ def run_demo(output: Path, *, max_tokens: int | None = None, console: Console) -
         console.print(f"[bold]{name}[/bold]")
         quantized = copy.deepcopy(model)
         summary = quantize_(quantized, config, calibration_data=batches)
-        console.print(f"  {summary}")
+        console.print(f"  {summary}", soft_wrap=True)
         _print_trials(summary.trials[0], console)
         plain_kl = next((row.mean_kl for row in rows if row.mean_kl is not None), None)
         rows.append(
@@ -122,16 +122,16 @@ def _print_trials(trials: list[dict[str, Any]], console: Console) -> None:
     if trials:
         won, rest = trials[0], len(trials) - 1
         fields = ", ".join(f"{k} {v}" for k, v in won.items() if k != "divergence")
-        console.print(f"  measured {rest + 1} candidates, chose {fields}")
+        console.print(f"  measured {rest + 1} candidates, chose {fields}", soft_wrap=True)
 
 
 def format_rows(rows: list[DemoRow]) -> Table:
     """The demo's table."""
-    table = Table(title="Shipped model on held-out text (KL in nats per token, to bf16)")
-    columns = "perplexity|mean KL|KL closed|extra channels|bits/weight|file|tokens/s, eager"
-    table.add_column("")
+    table = Table(title="Shipped model on held-out text; KL to bf16 in nats per token")
+    columns = "ppl|mean KL|KL closed|extra|bits/w|file|tok/s"
+    table.add_column("", no_wrap=True)
     for column in columns.split("|"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row.name,
@@ -140,7 +140,7 @@ def format_rows(rows: list[DemoRow]) -> Table:
             "-" if row.closed is None else f"{row.closed:.1%}",
             "-" if row.extra_channels is None else f"{row.extra_channels:.1%}",
             f"{row.bits_per_weight:.2f}",
-            f"{row.file_bytes / 1e6:.2f} MB",
+            f"{row.file_bytes / 1e6:.2f}MB",
             f"{row.tokens_per_second:.0f}",
         )
     return table

@@ -26,6 +26,7 @@ from arc_ao.config import ARCConfig
 from arc_ao.formats.nvfp4 import BLOCK_SIZE
 from arc_ao.integrations.huggingface import attach_quantizer
 from arc_ao.loading import empty_tensor
+from arc_ao.memory import release_memory
 from arc_ao.methods.plan import analyse_session, make_plans, weight_amax
 from arc_ao.methods.recipe import Trial, search_recipe
 from arc_ao.methods.weights import quantize_weight
@@ -249,6 +250,7 @@ def _convert(module: nn.Linear, config: ARCConfig) -> None:
     tensor = quantize_weight(module.weight.detach(), session.plans.pop(observer.name))
     detach(module)
     _swap_weight(module, tensor)
+    release_memory()
 
 
 def _plan_session(

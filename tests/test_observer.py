@@ -107,7 +107,7 @@ def test_chunks_and_batches_do_not_change_the_sums(monkeypatch):
     x = activations(50, 32)
     whole = observed(x, orders=("none",))
     assert_same_statistics(observed(x[:7], x[7:8], x[8:8], x[8:]), whole)
-    monkeypatch.setattr(observer_module, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(observer_module, "CHUNK_ELEMENTS", 7 * 32)
     assert_same_statistics(observed(x), whole)
 
 

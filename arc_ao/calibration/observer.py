@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from arc_ao.formats import nvfp4
 
-ROWS_AT_ONCE = 4096  # bounds the fp32 temporaries of one update
+CHUNK_ELEMENTS = 1 << 18  # bounds the temporaries of one update
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class ARCObserver(nn.Module):
         super().__init__()
         self.channel_orders = tuple(channel_orders)
         self.name = name
-        self.register_buffer("amax", torch.zeros(in_features))
+        self.register_buffer("amax", torch.zeros(in_features, dtype=torch.float32))
         self.register_buffer("square_sum", torch.zeros(in_features, dtype=torch.float64))
         orders = len(self.channel_orders)
         self.register_buffer("error_sum", torch.zeros(orders, in_features, dtype=torch.float64))
@@ -87,7 +87,7 @@ class ARCObserver(nn.Module):
         running_amax = torch.maximum(self.amax, amax)
         square_sum, error_sum = torch.zeros_like(self.square_sum), torch.zeros_like(self.error_sum)
         orders = [_order(running_amax, name) for name in self.channel_orders]
-        for chunk in rows.split(ROWS_AT_ONCE):
+        for chunk in rows.split(max(1, CHUNK_ELEMENTS // max(1, rows.shape[1]))):
             square_sum += chunk.double().square().sum(0)
             for total, order in zip(error_sum, orders, strict=True):
                 total += plain_error(chunk.float(), order).double().sum(0)

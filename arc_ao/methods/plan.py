@@ -66,7 +66,8 @@ def weight_amax(member: Member) -> Tensor:
     Raises:
         ValueError: NaN or Inf in it, naming the layer.
     """
-    amax = member.module.weight.detach().abs().amax().float()
+    low, high = torch.aminmax(member.module.weight.detach())  # .abs() would copy the weight
+    amax = torch.maximum(low.abs(), high.abs()).float()
     if not torch.isfinite(amax):
         raise ValueError(
             f"{member.name}: expected finite weights, found NaN or Inf; repair the checkpoint or "

@@ -25,8 +25,8 @@ from arc_ao.methods.plan import GroupAnalysis, analyse_session, make_plans
 from arc_ao.methods.weights import LayerPlan, quantize_weight
 
 ROUNDS: dict[str, tuple[Any, ...]] = {
-    "exchange_rate": (0.0, 0.3, 1.0, 3.0, "inf"),
     "channel_order": ("none", "amax"),
+    "exchange_rate": (0.0, 0.3, 1.0, 3.0, "inf"),
     "granularity": ("block", "channel"),
     "four_over_six": (False, True),
 }

@@ -20,7 +20,7 @@ from arc_ao.formats import nvfp4
 WeightScale = Literal["amax", "mse", "four_over_six"]
 CODE_OFFSETS = sorted(range(-6, 7), key=abs)
 SMALLEST_CODE, LARGEST_CODE = 1, 0x7E  # 2^-9 and 448
-CHUNK_ELEMENTS = 1 << 20  # bounds the temporaries: about 40 MB in fp32
+CHUNK_ELEMENTS = 1 << 18  # bounds the temporaries, which are 1 MB each in fp32
 
 
 def row_chunks(weight: Tensor) -> Iterator[slice]:

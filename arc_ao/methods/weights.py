@@ -42,6 +42,10 @@ def largest_value(config: ARCConfig) -> float:
     return nvfp4.FOUR_OVER_SIX_MAX if wide else nvfp4.NVFP4_MAX
 
 
+def _num_blocks(weight: Tensor) -> int:
+    return -(-weight.shape[1] // nvfp4.BLOCK_SIZE)
+
+
 def in_order(values: Tensor, order: Tensor | None) -> Tensor:
     """Columns [..., K] in plan order, padded with zeros to a multiple of 16: [..., K16]."""
     ordered = values if order is None else values.index_select(-1, order)
@@ -66,29 +70,33 @@ def analyse_weight(
     inverse = nvfp4.inverse_outer_scale(amax, largest_value(config))
     outer = nvfp4.outer_scale(amax, largest_value(config))
     importance = None if mean_square is None else nvfp4.to_blocks(mean_square)
-    scales, energy, error = [], 0.0, 0.0
+    scales = weight.new_empty((weight.shape[0], _num_blocks(weight)), dtype=torch.uint8)
+    energy, error = 0.0, 0.0
     for rows in row_chunks(weight):
         blocks = nvfp4.to_blocks(in_order(weight[rows].float(), order) * inverse)
         scale = choose_scales(blocks, config.weight_scale, importance)
         values = nvfp4.decode_blocks(nvfp4.encode_blocks(blocks, scale), scale)
         energy = energy + (values.flatten(1) * outer).square_().sum(0)
         error = error + (values.sub_(blocks).flatten(1) * outer).square_().sum(0)
-        scales.append(nvfp4.encode_e4m3(scale))
-    return WeightAnalysis(torch.cat(scales), energy, error)
+        scales[rows] = nvfp4.encode_e4m3(scale)
+    return WeightAnalysis(scales, energy, error)
 
 
 def quantize_weight(weight: Tensor, plan: LayerPlan) -> ARCTensor:
     """Quantize weight [N, K] as planned."""
     inverse = nvfp4.inverse_outer_scale(plan.amax, largest_value(plan.config))
-    codes, scales = [], []
+    copied = 0 if plan.act_channels is None else plan.act_channels.shape[0] // nvfp4.BLOCK_SIZE
+    stored = _num_blocks(weight) + copied + plan.weight_blocks.shape[0]
+    qdata = weight.new_empty((weight.shape[0], stored * nvfp4.BLOCK_SIZE // 2), dtype=torch.uint8)
+    scales = weight.new_empty((weight.shape[0], stored), dtype=torch.uint8)
     for rows in row_chunks(weight):
         ordered = in_order(weight[rows].float(), plan.channel_order) * inverse  # [n, K16]
         parts = _stored_parts(ordered, plan.scale[rows], plan)
-        codes.append(nvfp4.pack(torch.cat([c.flatten(1) for c, _ in parts], dim=1)))
-        scales.append(nvfp4.encode_e4m3(torch.cat([s for _, s in parts], dim=1)))
+        qdata[rows] = nvfp4.pack(torch.cat([c.flatten(1) for c, _ in parts], dim=1))
+        scales[rows] = nvfp4.encode_e4m3(torch.cat([s for _, s in parts], dim=1))
     return ARCTensor(
-        torch.cat(codes),
-        torch.cat(scales),
+        qdata,
+        scales,
         nvfp4.outer_scale(plan.amax, largest_value(plan.config)).reshape(1),
         plan.act_blocks,
         plan.weight_blocks,
