@@ -102,13 +102,17 @@ def _add_report(commands: Any) -> None:
     report.add_argument("--plot", type=Path, help="write a PNG here")
 
 
-def _demo(args: argparse.Namespace) -> None:
+def _console() -> Any:
+    """Wide enough for our tables, also where the output is a file."""
     from rich.console import Console
 
+    return Console(width=max(100, Console().width))
+
+
+def _demo(args: argparse.Namespace) -> None:
     from arc_ao.demo import run_demo
 
-    console = Console(width=max(100, Console().width))
-    run_demo(args.output, max_tokens=args.max_tokens, console=console)
+    run_demo(args.output, max_tokens=args.max_tokens, console=_console())
 
 
 def _quantize(args: argparse.Namespace) -> None:
@@ -132,8 +136,6 @@ def _quantize(args: argparse.Namespace) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from arc_ao.eval.perplexity import evaluate_text, read_text
     from arc_ao.integrations.huggingface import load_model
     from arc_ao.shipped import HELDOUT_TEXT
@@ -165,14 +167,12 @@ def _eval(args: argparse.Namespace) -> None:
             num_fewshot=args.num_fewshot,
             limit=args.limit,
         )
-        Console().print(format_results(figures["lm_eval"]))
+        _console().print(format_results(figures["lm_eval"]))
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def _report(args: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from arc_ao.calibration.data import text_batches
     from arc_ao.eval.perplexity import read_text
     from arc_ao.eval.plot import plot_report
@@ -184,7 +184,7 @@ def _report(args: argparse.Namespace) -> None:
     original, _ = load_model(args.original)
     text = read_text(args.text or CALIBRATION_TEXT)
     rows = layer_report(model, original, text_batches(tokenizer, text, max_tokens=args.tokens))
-    Console().print(format_report(rows))
+    _console().print(format_report(rows))
     if args.json:
         save_report(rows, args.json)
     if args.plot:

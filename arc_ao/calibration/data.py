@@ -63,7 +63,8 @@ def text_batches(
     Raises:
         ValueError: the text has less than two tokens.
     """
-    ids = tokenizer(text[: 16 * max_tokens], add_special_tokens=False).input_ids[:max_tokens]
+    text = text[: 16 * max_tokens]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids[:max_tokens]
     if len(ids) < 2:
         raise ValueError("calibration text is empty; expected at least a few hundred tokens")
     windows = [ids[i : i + window] for i in range(0, len(ids), window)]

@@ -124,7 +124,8 @@ def format_report(rows: list[LayerReport]) -> Table:
     """rich table of a report."""
     table = Table(title="Output SQNR per layer (dB)")
     for column in ("layer", "N x K", "plain", "ARC", "gain", "act", "weight", "bits/weight"):
-        table.add_column(column, justify="left" if column == "layer" else "right")
+        name = column == "layer"
+        table.add_column(column, justify="left" if name else "right", no_wrap=name)
     for row in rows:
         table.add_row(
             row.name,
