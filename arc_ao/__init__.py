@@ -1,8 +1,10 @@
 """arc_ao: NVFP4 (W4A4) quantization for PyTorch with augmented residual channels."""
 
 import arc_ao.quiet_import  # noqa: F401, I001  (before anything imports torchao)
+from arc_ao.calibration.data import calibrate
 from arc_ao.config import ARCConfig
 from arc_ao.env import env_report
+from arc_ao.eval.report import layer_report as report
 from arc_ao.integrations.huggingface import save_pretrained
 from arc_ao.quantize import quantize_
 from arc_ao.summary import QuantizationSummary
@@ -12,7 +14,9 @@ __all__ = [
     "ARCConfig",
     "ARCTensor",
     "QuantizationSummary",
+    "calibrate",
     "env_report",
     "quantize_",
+    "report",
     "save_pretrained",
 ]

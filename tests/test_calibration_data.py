@@ -7,7 +7,8 @@ import torch
 from tiny_models import byte_tokenizer, tiny_llama
 from torch import nn
 
-from arc_ao.calibration.data import calibrate, evaluation_mode, num_tokens, run_model, to_batches
+from arc_ao.calibration.data import calibrate, num_tokens, to_batches
+from arc_ao.inference import evaluation_mode, run_model
 
 
 def ids(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -15,7 +15,8 @@ from tiny_models import (
 )
 
 from arc_ao.eval import divergence, perplexity
-from arc_ao.eval.perplexity import evaluate_text, evaluation_mode, read_jsonl, read_text
+from arc_ao.eval.perplexity import evaluate_text, read_jsonl, read_text
+from arc_ao.inference import evaluation_mode
 
 TEXT = "The quick brown fox jumps over the lazy dog."  # 44 bytes
 

@@ -1,12 +1,13 @@
 """Calibration data: anything iterable becomes a list of keyword dicts that the model takes."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from arc_ao.inference import evaluation_mode, run_model
 
 Batch = dict[str, Any]
 
@@ -73,17 +74,6 @@ def text_batches(
     return [torch.tensor([w]) for w in windows]
 
 
-def run_model(model: nn.Module, batch: Batch | Tensor) -> Any:
-    """model(batch) without gradients, the batch moved to the model's device."""
-    parameter = next(model.parameters(), None)
-    device = parameter.device if parameter is not None else torch.device("cpu")
-    with torch.no_grad():
-        if isinstance(batch, Tensor):
-            return model(batch.to(device))
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        return model(**moved)
-
-
 def num_tokens(batch: Batch | Tensor) -> int:
     """Tokens in a batch: elements of its input ids (or of its leading tensor, rows)."""
     if isinstance(batch, Tensor):
@@ -96,21 +86,18 @@ def num_tokens(batch: Batch | Tensor) -> int:
 
 
 def calibrate(
-    model: nn.Module, batches: Iterable[Batch | Tensor], *, progress: bool = True
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    tokenizer: Any = None,
+    max_length: int = 512,
+    progress: bool = True,
 ) -> None:
-    """Run a prepared model over `batches` in evaluation mode, with a progress bar."""
+    """Run a prepared model over calibration data in evaluation mode, with a progress bar.
+
+    The data and its options are those of `quantize_`; this is the middle of the three steps.
+    """
+    batches = to_batches(data, tokenizer, max_length)
     with evaluation_mode(model):
         for batch in tqdm(batches, desc="calibrate", disable=not progress, leave=False):
             run_model(model, batch)
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """model.eval() inside; afterwards every module is in the mode that it was in."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode

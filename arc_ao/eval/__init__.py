@@ -10,7 +10,6 @@ from arc_ao.eval.divergence import (
 from arc_ao.eval.perplexity import (
     TextMetrics,
     evaluate_text,
-    evaluation_mode,
     read_jsonl,
     read_text,
 )
@@ -19,7 +18,6 @@ __all__ = [
     "TextMetrics",
     "cosine_divergence",
     "evaluate_text",
-    "evaluation_mode",
     "is_logits",
     "kl_divergence",
     "model_output",

@@ -10,8 +10,7 @@ This is the convention of the WikiText-2 numbers in the quantization literature.
 
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from arc_ao.eval.divergence import CHUNK_ELEMENTS, is_logits, kl_divergence, model_output
+from arc_ao.inference import evaluation_mode
 
 MAX_WINDOW = 2048
 
@@ -139,18 +139,6 @@ def read_jsonl(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
     if not rows:
         raise ValueError(f"{path}: no rows")
     return rows
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model in evaluation mode; restore the mode of every submodule on exit."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _decode(path: Path) -> str:

@@ -18,9 +18,9 @@ from rich.table import Table
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from arc_ao.calibration.data import run_model
 from arc_ao.calibration.session import Member
 from arc_ao.config import ARCConfig
+from arc_ao.inference import evaluation_mode, run_model
 from arc_ao.methods.plan import analyse_group, make_plans
 from arc_ao.methods.weights import quantize_weight
 from arc_ao.summary import arc_tensors
@@ -63,13 +63,11 @@ def layer_report(
         raise ValueError(f"report: the original model has no linear {missing[0]!r}")
     meters = {name: _Meter(name, originals[name], tensor) for name, tensor in tensors.items()}
     handles = [originals[n].register_forward_pre_hook(meter) for n, meter in meters.items()]
-    training = original.training
-    original.eval()
     try:
-        for batch in tqdm(batches, desc="report", disable=not progress, leave=False):
-            run_model(original, batch)
+        with evaluation_mode(original):
+            for batch in tqdm(batches, desc="report", disable=not progress, leave=False):
+                run_model(original, batch)
     finally:
-        original.train(training)
         for handle in handles:
             handle.remove()
     return [meter.row() for meter in meters.values()]

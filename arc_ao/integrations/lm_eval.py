@@ -28,7 +28,8 @@ from typing import Any
 from rich.table import Table
 from torch import nn
 
-from arc_ao.eval.perplexity import evaluation_mode, read_jsonl
+from arc_ao.eval.perplexity import read_jsonl
+from arc_ao.inference import evaluation_mode
 
 Row = dict[str, Any]
 Metrics = dict[str, dict[str, float]]  # task -> metric -> value

@@ -17,10 +17,11 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from arc_ao.calibration.data import Batch, evaluation_mode, num_tokens, run_model
+from arc_ao.calibration.data import Batch, num_tokens
 from arc_ao.calibration.session import CalibrationSession
 from arc_ao.config import ARCConfig
 from arc_ao.eval.divergence import output_divergence
+from arc_ao.inference import evaluation_mode, run_model
 from arc_ao.methods.plan import GroupAnalysis, analyse_session, make_plans
 from arc_ao.methods.weights import LayerPlan, quantize_weight
 
