@@ -19,6 +19,7 @@ from torchao.core.config import AOBaseConfig
 from torchao.quantization import quantize_ as torchao_quantize_
 from torchao.quantization import register_quantize_module_handler
 from torchao.quantization.utils import _module_extra_repr
+from tqdm import tqdm
 
 from arc_ao.calibration.data import Batch, calibrate, to_batches
 from arc_ao.calibration.session import CalibrationSession, Member, detach, observer_on
@@ -70,7 +71,7 @@ def quantize_(
     targets = collect_targets(model, config, filter_fn)
     groups = targets.by_config()
     if any(getattr(layer_config, "step", None) for layer_config, _ in groups):
-        _run_step(model, groups)
+        _run_step(model, groups, progress)
         return None
     arc_groups = [(c, modules) for c, modules in groups if isinstance(c, ARCConfig)]
     _require_data(arc_groups, calibration_data)
@@ -85,7 +86,7 @@ def quantize_(
         for layer_config, modules in groups:
             if id(layer_config) not in resolved:
                 _apply(model, layer_config, modules)  # another library's config
-    _convert_groups(model, [(resolved[id(c)][0], modules) for c, modules in arc_groups])
+    _convert_groups([(resolved[id(c)][0], modules) for c, modules in arc_groups], progress)
     attach_quantizer(model)
     return summarize(model, list(resolved.values()), targets.skipped, before)
 
@@ -115,7 +116,9 @@ def _calibrate_and_resolve(
     return resolved
 
 
-def _run_step(model: nn.Module, groups: list[tuple[AOBaseConfig, dict[str, nn.Linear]]]) -> None:
+def _run_step(
+    model: nn.Module, groups: list[tuple[AOBaseConfig, dict[str, nn.Linear]]], progress: bool
+) -> None:
     """One of torchao's steps. Conversions come last, when nothing can be refused any more."""
     converts = []
     with _unchanged_on_error(model):
@@ -127,7 +130,7 @@ def _run_step(model: nn.Module, groups: list[tuple[AOBaseConfig, dict[str, nn.Li
             if isinstance(config, ARCConfig) and config.step == "prepare":
                 config.__dict__.pop("_session", None)  # every "prepare" starts its own session
             _apply(model, config, modules)
-    _convert_groups(model, converts)
+    _convert_groups(converts, progress)
 
 
 def _plan_prepared(config: ARCConfig, modules: dict[str, nn.Linear]) -> None:
@@ -142,7 +145,7 @@ def _plan_prepared(config: ARCConfig, modules: dict[str, nn.Linear]) -> None:
         _plan_session(session, config.resolve())
 
 
-def _convert_groups(model: nn.Module, groups: list[tuple[ARCConfig, dict[str, nn.Linear]]]) -> None:
+def _convert_groups(groups: list[tuple[ARCConfig, dict[str, nn.Linear]]], progress: bool) -> None:
     """Convert planned linears one by one, each original freed before the next is touched.
 
     Nothing is kept to go back to, since that would cost the memory of the whole model; an interrupt
@@ -150,7 +153,9 @@ def _convert_groups(model: nn.Module, groups: list[tuple[ARCConfig, dict[str, nn
     """
     try:
         for config, modules in groups:
-            _apply(model, config, modules)
+            bar = tqdm(modules.items(), desc="convert", disable=not progress, leave=False)
+            for name, module in bar:
+                _apply(module, config, {name: module})
     finally:
         for _, modules in groups:
             for module in modules.values():

@@ -61,7 +61,7 @@ def layer_report(
     missing = [name for name in tensors if not isinstance(originals.get(name), nn.Linear)]
     if missing:
         raise ValueError(f"report: the original model has no linear {missing[0]!r}")
-    meters = {name: _Meter(name, originals[name], tensor) for name, tensor in tensors.items()}
+    meters = {name: _Meter(name, tensor) for name, tensor in tensors.items()}
     handles = [originals[n].register_forward_pre_hook(meter) for n, meter in meters.items()]
     try:
         with evaluation_mode(original):
@@ -76,14 +76,16 @@ def layer_report(
 class _Meter:
     """Forward pre-hook that accumulates the output energies of one linear."""
 
-    def __init__(self, name: str, module: nn.Linear, quantized: ARCTensor) -> None:
+    def __init__(self, name: str, quantized: ARCTensor) -> None:
         self.name, self.quantized = name, quantized
-        self.plain = quantize_plain(module)
+        self.plain: ARCTensor | None = None
         self.signal = self.noise = self.plain_noise = 0.0
 
     def __call__(self, module: nn.Linear, args: tuple[Tensor, ...]) -> None:
         x = args[0].float()
         reference = F.linear(x, module.weight.float())
+        if self.plain is None:
+            self.plain = quantize_plain(module)
         self.signal += _energy(reference)
         self.plain_noise += _energy(reference - F.linear(x, self.plain))
         self.noise += _energy(reference - F.linear(x, self.quantized))
