@@ -12,6 +12,7 @@ from typing import Any
 def main(argv: list[str] | None = None) -> int:
     """Parse `argv` and run a command; user mistakes print one line and exit with 2."""
     args = _parser().parse_args(argv)
+    _check_paths(args)
     _offline()
     try:
         args.run(args)
@@ -21,6 +22,18 @@ def main(argv: list[str] | None = None) -> int:
         print(f"arc-ao {args.command}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _check_paths(args: argparse.Namespace) -> None:
+    """Refuse files that cannot be read or written before hours of work."""
+    for name in ("text", "calib"):
+        path = getattr(args, name, None)
+        if path is not None and not path.is_file():
+            sys.exit(f"arc-ao {args.command}: --{name}: {path} is not a file")
+    for name in ("json", "plot"):
+        path = getattr(args, name, None)
+        if isinstance(path, Path) and not path.absolute().parent.is_dir():
+            sys.exit(f"arc-ao {args.command}: --{name}: no folder {path.parent} to write to")
 
 
 def _offline() -> None:

@@ -73,7 +73,8 @@ class ARCConfig(AOBaseConfig):
             all layers compete for it. 0 is plain NVFP4. None, with selection "threshold": the
             paper's rule (channels with amax > 2^-3 of the layer's, rounded up to 64).
         recipe: "auto" (measure), "balanced" (no search, no reordering), "paper" (ARCQuant as
-            published: sorted channels, activation residuals, amax scales), "plain" (amax scales).
+            published: sorted channels, activation residuals, amax scales), "plain" (NVFP4 with amax
+            scales; the budget is 0 unless numbers of channels are given).
         selection: rank blocks by the output error they remove ("energy") or by amax ("threshold").
         channel_order: "none", or "amax" for a per-layer sort of the channels at run time.
         granularity: activation residuals of 16-channel blocks ("block", nothing extra stored) or
@@ -117,6 +118,8 @@ class ARCConfig(AOBaseConfig):
             value = getattr(self, field)
             if value not in choices:
                 raise ValueError(f"ARCConfig.{field} must be one of {choices}, got {value!r}")
+        if self.recipe == "plain" and not self.explicit:
+            self.budget = 0.0
         self._check_numbers()
 
     def _check_numbers(self) -> None:
@@ -128,8 +131,8 @@ class ARCConfig(AOBaseConfig):
                 )
         elif not (isinstance(self.budget, (int, float)) and 0 <= self.budget <= 2):
             raise ValueError(
-                f"ARCConfig.budget is extra channels over in_features, expected 0 to 2, got "
-                f"{self.budget!r}"
+                f"ARCConfig.budget is extra channels over in_features, expected 0 to 2 (0.06 is "
+                f"6 %), got {self.budget!r}"
             )
         if self.exchange_rate is not None:
             self.exchange_rate = _checked_rate(self.exchange_rate)
@@ -165,9 +168,9 @@ class ARCConfig(AOBaseConfig):
     @property
     def searched(self) -> list[str]:
         """Fields that `recipe="auto"` measures: the None ones that make a difference."""
-        if self.recipe != "auto":
+        if self.recipe != "auto" or not self.has_residuals:
             return []
-        by_energy = self.has_residuals and self.selection != "threshold"
+        by_energy = self.selection != "threshold"
         matters = {
             "granularity": by_energy and not (self.explicit and not self.num_act_channels),
             "exchange_rate": by_energy and not self.explicit,

@@ -7,18 +7,15 @@ step="convert"      one plan for all linears of the config, then one weight afte
 step="prepare_for_loading"   an empty ARCTensor of the shape that a checkpoint has
 """
 
-import types
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import quantize_ as torchao_quantize_
 from torchao.quantization import register_quantize_module_handler
-from torchao.quantization.utils import _module_extra_repr
 from tqdm import tqdm
 
 from arc_ao.calibration.data import Batch, calibrate, to_batches
@@ -68,6 +65,8 @@ def quantize_(
         ValueError: a layer that cannot be quantized, or missing calibration data.
     """
     config = ARCConfig() if config is None else config
+    if not isinstance(config, AOBaseConfig):
+        raise TypeError(f"config: expected an ARCConfig or FqnToConfig, got {config!r}")
     targets = collect_targets(model, config, filter_fn)
     groups = targets.by_config()
     if any(getattr(layer_config, "step", None) for layer_config, _ in groups):
@@ -131,6 +130,8 @@ def _run_step(
                 config.__dict__.pop("_session", None)  # every "prepare" starts its own session
             _apply(model, config, modules)
     _convert_groups(converts, progress)
+    if converts:
+        attach_quantizer(model)
 
 
 def _plan_prepared(config: ARCConfig, modules: dict[str, nn.Linear]) -> None:
@@ -142,7 +143,7 @@ def _plan_prepared(config: ARCConfig, modules: dict[str, nn.Linear]) -> None:
             "observer; call quantize_ with step='prepare' and run calibration data first"
         )
     for session in {id(o.session): o.session for o in observers if o is not None}.values():
-        _plan_session(session, config.resolve())
+        _plan_unsearched(session, config)
 
 
 def _convert_groups(groups: list[tuple[ARCConfig, dict[str, nn.Linear]]], progress: bool) -> None:
@@ -206,6 +207,8 @@ def _arc_transform(
     """torchao's handler: one step on one linear."""
     if parameter_name != "weight":
         raise ValueError(f"ARCConfig quantizes the parameter 'weight', got {parameter_name!r}")
+    if is_ragged(module, config) and config.step == "convert":
+        return module  # "prepare" has said so
     if is_ragged(module, config):
         warnings.warn(
             f"{_name_of(module)} stays unquantized because in_features is not a multiple of "
@@ -251,7 +254,7 @@ def _convert(module: nn.Linear, config: ARCConfig) -> None:
         return  # not prepared, so not a target
     session = observer.session
     if session.plans is None or observer.name not in session.plans:
-        _plan_session(session, config.resolve())
+        _plan_unsearched(session, config)
     tensor = quantize_weight(module.weight.detach(), session.plans.pop(observer.name))
     detach(module)
     _swap_weight(module, tensor)
@@ -265,6 +268,17 @@ def _plan_session(
     analyses = analyse_session(session, config, progress=progress)
     session.plans = make_plans(analyses, config)
     session.config.__dict__.pop("_session", None)  # complete: a config must not hold on to a model
+
+
+def _plan_unsearched(session: CalibrationSession, config: ARCConfig) -> None:
+    """Plan a session of the three-step flow, which has no data left to measure recipes on."""
+    if config.searched:
+        warnings.warn(
+            f"the three steps cannot measure {', '.join(config.searched)}; taking those of "
+            "recipe='balanced'. Call arc_ao.quantize_(..., calibration_data=...) to measure them",
+            stacklevel=2,
+        )
+    _plan_session(session, config.resolve())
 
 
 def _quantize_uncalibrated(module: nn.Linear, config: ARCConfig) -> None:
@@ -282,10 +296,17 @@ def _quantize_uncalibrated(module: nn.Linear, config: ARCConfig) -> None:
 
 def _swap_weight(module: nn.Linear, tensor: ARCTensor) -> None:
     module.weight = nn.Parameter(tensor, requires_grad=False)
-    module.extra_repr = types.MethodType(
-        partial(_module_extra_repr, original_extra_repr=module.extra_repr, parameter_name="weight"),
-        module,
-    )
+    module.extra_repr = _QuantizedRepr(module)
+
+
+class _QuantizedRepr:
+    """extra_repr of a quantized linear; unlike a closure it can be pickled with its module."""
+
+    def __init__(self, module: nn.Linear) -> None:
+        self.module = module
+
+    def __call__(self) -> str:
+        return f"{nn.Linear.extra_repr(self.module)}, weight={self.module.weight}"
 
 
 def _require_data(groups: list[tuple[ARCConfig, Any]], data: Iterable[Any] | None) -> None:

@@ -61,13 +61,51 @@ def collect_targets(
             continue
         check_linear(name, module, embeddings)
         targets.configs[name], targets.modules[name] = layer_config, module
+    _refuse_unmatched(model, config)
     _skip_ragged(targets)
     if not targets.modules:
+        others = sorted({type(m).__name__ for m in model.modules() if _is_other_linear(m)})
         raise ValueError(
             "found no linear layer to quantize; expected at least one nn.Linear outside of "
-            f"{sorted(SKIPPED_NAMES)}. Skipped: {targets.skipped or 'none'}"
+            f"{sorted(SKIPPED_NAMES)}. Skipped: {targets.skipped or 'none'}. "
+            f"Unsupported: {others or 'none'}"
         )
+    _skip_fused_experts(model, targets)
     return targets
+
+
+def _refuse_unmatched(model: nn.Module, config: AOBaseConfig) -> None:
+    """A key of FqnToConfig that names no linear is a mistake that would go unnoticed."""
+    if not isinstance(config, FqnToConfig):
+        return
+    names = [name for name, module in model.named_modules() if is_plain_linear(module)]
+    for key in config.fqn_to_config:
+        single = FqnToConfig({key: None})
+        if key != "_default" and not any(_matching_key(name, single) for name in names):
+            raise ValueError(
+                f"FqnToConfig: {key!r} matches no nn.Linear of the model; regular expressions "
+                "start with 're:' and match the whole name"
+            )
+
+
+def _is_other_linear(module: nn.Module) -> bool:
+    """Linear layers of other classes, such as GPT-2's Conv1D."""
+    name = type(module).__name__
+    return not isinstance(module, nn.Linear) and ("Linear" in name or name == "Conv1D")
+
+
+def _skip_fused_experts(model: nn.Module, targets: Targets) -> None:
+    """List 3-D weights of fused experts, which stay as they are, and warn once."""
+    convolution = nn.modules.conv._ConvNd
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3 and not isinstance(module, convolution):
+                targets.skipped[f"{name}.{key}"] = "fused experts (a 3-D weight) are not supported"
+    fused = [name for name, reason in targets.skipped.items() if "fused experts" in reason]
+    if fused:
+        warnings.warn(
+            f"{len(fused)} fused expert weights stay unquantized: {', '.join(fused)}", stacklevel=3
+        )
 
 
 def is_plain_linear(module: nn.Module) -> bool:

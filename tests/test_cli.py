@@ -74,7 +74,7 @@ def test_env_names_every_operator(capsys):
     ("options", "message"),
     [
         (["--budget", "-1"], "budget is extra channels over in_features"),
-        (["--calib", "missing.txt"], "missing.txt"),
+        (["--recipe", "paper", "--budget", "3"], "expected 0 to 2"),
     ],
 )
 def test_mistakes_print_one_line_and_leave_nothing(
@@ -86,6 +86,31 @@ def test_mistakes_print_one_line_and_leave_nothing(
     error = capsys.readouterr().err.strip()
     assert message in error.splitlines()[-1] and "Traceback" not in error
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "text.txt"]
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["quantize", "MODEL", "-o", "out", "--calib", "missing.txt"], "missing.txt is not a file"),
+        (["eval", "MODEL", "--text", "missing.txt"], "missing.txt is not a file"),
+        (["eval", "MODEL", "--json", "nowhere/x.json"], "no folder nowhere to write to"),
+        (
+            ["report", "MODEL", "--original", "MODEL", "--plot", "nowhere/x.png"],
+            "no folder nowhere",
+        ),
+    ],
+)
+def test_paths_are_checked_before_any_work(command, message):
+    """No model is loaded: MODEL does not exist either."""
+    with pytest.raises(SystemExit, match=message):
+        main(command)
+
+
+def test_report_needs_the_unquantized_original(model_dir, text_file, tmp_path, capsys):
+    output = tmp_path / "quantized"
+    assert _quantize(model_dir, text_file, output, "--recipe", "plain") == 0
+    assert main(["report", str(output), "--original", str(output), "--tokens", "64"]) == 2
+    assert "expected the unquantized original" in capsys.readouterr().err
 
 
 def test_existing_output_is_refused_before_any_work(model_dir, text_file, tmp_path, capsys):

@@ -30,7 +30,7 @@ NAN = float("nan")
         ("step", "observe", r"step must be one of \('prepare', 'convert', .*'observe'"),
         ("four_over_six", "yes", r"four_over_six must be one of \(True, False, .*'yes'"),
         ("pad_in_features", "no", r"pad_in_features must be one of \(True, False\), got 'no'"),
-        ("budget", -0.01, r"budget is extra channels .*expected 0 to 2, got -0.01"),
+        ("budget", -0.01, r"budget is extra channels .*expected 0 to 2 \(0.06 is 6 %\), got -0.01"),
         ("budget", 2.5, r"budget is extra channels .*got 2.5"),
         ("budget", NAN, r"budget is extra channels .*got nan"),
         ("budget", "6%", r"budget is extra channels .*got '6%'"),
@@ -78,12 +78,14 @@ ALL = ["channel_order", "granularity", "exchange_rate", "four_over_six"]
         ({"recipe": "balanced"}, [], True),
         ({"recipe": "paper"}, [], True),
         ({"recipe": "paper", "budget": 0.0}, [], True),  # sorting needs the amax of each channel
-        ({"recipe": "plain"}, [], True),  # a budget is spent on calibrated blocks
+        ({"recipe": "plain"}, [], False),  # plain means no residuals
+        ({"recipe": "plain", "num_act_channels": 16}, [], True),  # unless asked for by number
         ({"recipe": "plain", "budget": 0.0}, [], False),
         ({"recipe": "plain", "budget": 0}, [], False),
         ({"recipe": "plain", "budget": 0.0, "activation_scale": "static"}, [], True),
         ({"recipe": "plain", "budget": 0.0, "channel_order": "amax"}, [], True),
-        ({"budget": 0.0}, ["channel_order", "four_over_six"], False),
+        ({"budget": 0.0}, [], False),
+        ({"budget": 0.0, "weight_scale": "amax"}, [], False),  # plain NVFP4, nothing to measure
         ({"granularity": "block"}, ["channel_order", "exchange_rate", "four_over_six"], True),
         # Numbers per layer and kind: there is nothing to exchange.
         ({"num_act_channels": 16}, ["channel_order", "granularity", "four_over_six"], True),

@@ -33,11 +33,13 @@ def test_output_tensor_is_found_in_every_kind_of_output():
     assert model_output(SimpleNamespace(logits=None, last_hidden_state=y)) is y
     assert model_output((None, y, x)) is y
     assert model_output(x) is x
+    assert model_output({"loss": y, "logits": x}) is x
+    assert is_logits({"logits": x}) and not is_logits({"last_hidden_state": y})
     assert is_logits(logits_output(x))
     assert not is_logits(SimpleNamespace(last_hidden_state=y))
     assert not is_logits(x)
     with pytest.raises(TypeError, match="output: expected .logits.*got dict"):
-        model_output({"logits": x})
+        model_output({"scores": x})
 
 
 def test_kl_of_two_known_distributions():

@@ -84,7 +84,7 @@ def test_exact_names_patterns_none_and_foreign_configs_in_one_call():
         ([(Q, 32), (f"{Q}.weight", 16)], 16),  # parameter before module
         ([("re:.*", 32), (r"re:.*\.weight", 16)], 32),  # both match the parameter: first
         ([("re:.*q_proj", 32), (r"re:.*q_proj\.weight", 16)], 16),
-        ([("re:q_proj", 32), ("_default", 16)], 16),  # patterns match the full name
+        ([("re:.*k_proj", 32), ("_default", 16)], 16),
     ],
 )
 def test_precedence_is_torchaos(entries, expected):
@@ -93,6 +93,13 @@ def test_precedence_is_torchaos(entries, expected):
     configs = {name: explicit(number) for name, number in entries}
     model, _ = quantized(table(**configs), filter_fn=lambda module, name: name == Q)
     assert channels(model) == {"q_proj": (expected, 0)}
+
+
+def test_a_key_that_matches_no_layer_is_refused():
+    """Patterns match the whole name; a typing error must not pass in silence."""
+    for key in ("re:q_proj", "model.layers.7.mlp.up_proj"):
+        with pytest.raises(ValueError, match=f"{key!r} matches no nn.Linear"):
+            quantized(table(**{key: explicit(), "_default": explicit()}))
 
 
 def test_a_layer_listed_by_name_is_quantized_even_with_the_default_config():

@@ -1,10 +1,11 @@
 """The per-layer report: SQNR, blocks, bits, plot."""
 
+import copy
 import json
 
 import pytest
 import torch
-from tiny_models import tiny_llama
+from tiny_models import byte_tokenizer, tiny_llama
 from torch import nn
 
 from arc_ao import ARCConfig, quantize_
@@ -93,3 +94,25 @@ def test_wrong_models_are_refused():
 
 def test_plain_quantization_pads_ragged_layers():
     assert quantize_plain(nn.Linear(172, 8)).qdata.shape == (8, 176 // 2)
+
+
+def test_inputs_in_every_form_and_by_keyword():
+    """Strings with a tokenizer; linears that are called by keyword; no input is refused."""
+    model, original, _ = _pair(ARCConfig(budget=0.0, recipe="plain"))
+    rows = layer_report(model, original, ["some text"], tokenizer=byte_tokenizer(), progress=False)
+    assert len(rows) == 14
+    with pytest.raises(ValueError, match="empty"):
+        layer_report(model, original, [])
+
+    class Keyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(32, 16)
+
+        def forward(self, x):
+            return self.linear(input=x)
+
+    original, x = Keyword(), torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    model = copy.deepcopy(original)
+    quantize_(model, ARCConfig(budget=0.0, recipe="plain"), progress=False)
+    assert len(layer_report(model, original, [x], progress=False)) == 1

@@ -49,6 +49,8 @@ def _to_batch(item: Any, index: int, tokenizer: Any, max_length: int) -> Batch |
             raise ValueError(
                 "calibration_data holds strings; pass tokenizer=, or pass input ids instead"
             )
+        if not item.strip():
+            raise ValueError(f"calibration_data[{index}] is an empty string")
         return dict(tokenizer(item, truncation=True, max_length=max_length, return_tensors="pt"))
     raise TypeError(
         f"calibration_data[{index}] is a {type(item).__name__}; expected a tensor, a keyword dict "

@@ -21,17 +21,17 @@ CHUNK_ELEMENTS = 2**24  # values per chunk of tokens: 64 MiB per fp32 temporary
 
 def is_logits(output: Any) -> bool:
     """Whether `model_output(output)` is logits (the output has a `.logits` tensor)."""
-    return isinstance(getattr(output, "logits", None), Tensor)
+    return isinstance(_field(output, "logits"), Tensor)
 
 
 def model_output(output: Any) -> Tensor:
     """The tensor a model's output is compared by.
 
-    That is `.logits` if present, else `.last_hidden_state`, else the first tensor of a tuple or
-    list, else the tensor itself. Raises TypeError for anything else.
+    That is `.logits` if present, else `.last_hidden_state` (or these keys of a dictionary), else
+    the first tensor of a tuple or list, else the tensor itself. Raises TypeError for anything else.
     """
     for name in ("logits", "last_hidden_state"):
-        if isinstance(value := getattr(output, name, None), Tensor):
+        if isinstance(value := _field(output, name), Tensor):
             return value
     if isinstance(output, Tensor):
         return output
@@ -43,6 +43,10 @@ def model_output(output: Any) -> Tensor:
         "output: expected .logits, .last_hidden_state, a tensor or a tuple with one, "
         f"got {type(output).__name__}"
     )
+
+
+def _field(output: Any, name: str) -> Any:
+    return output.get(name) if isinstance(output, dict) else getattr(output, name, None)
 
 
 def kl_divergence(

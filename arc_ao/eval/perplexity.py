@@ -38,6 +38,7 @@ class TextMetrics:
     window: int  # tokens per window
 
     def to_dict(self) -> dict[str, float | int | None]:
+        """Plain dictionary."""
         return asdict(self)
 
 

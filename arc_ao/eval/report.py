@@ -18,6 +18,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from arc_ao.calibration.data import to_batches
 from arc_ao.calibration.session import Member
 from arc_ao.config import ARCConfig
 from arc_ao.inference import evaluation_mode, run_model
@@ -42,27 +43,37 @@ class LayerReport:
 
 
 def layer_report(
-    model: nn.Module, original: nn.Module, batches: Iterable[Any], *, progress: bool = True
+    model: nn.Module,
+    original: nn.Module,
+    batches: Iterable[Any],
+    *,
+    tokenizer: Any = None,
+    progress: bool = True,
 ) -> list[LayerReport]:
     """Compare every quantized linear of `model` with its counterpart in `original`.
 
     Args:
         model: quantized by `quantize_`.
         original: the same model before, any floating-point dtype.
-        batches: inputs for `original`, see `arc_ao.calibration.data.to_batches`.
+        batches: inputs for `original`, in any form that `quantize_` takes as calibration_data.
+        tokenizer: Hugging Face tokenizer, for strings.
 
     Raises:
-        ValueError: nothing in `model` is quantized, or `original` lacks one of its layers.
+        ValueError: nothing in `model` is quantized, `original` lacks one of its layers or is
+            quantized itself, or there is no input.
     """
+    batches = to_batches(batches, tokenizer)
     tensors = arc_tensors(model)
     if not tensors:
         raise ValueError("report: expected a quantized model, found no ARCTensor in it")
     originals = dict(original.named_modules())
-    missing = [name for name in tensors if not isinstance(originals.get(name), nn.Linear)]
-    if missing:
-        raise ValueError(f"report: the original model has no linear {missing[0]!r}")
+    for name, tensor in tensors.items():
+        _check_counterpart(name, tensor, originals.get(name))
     meters = {name: _Meter(name, tensor) for name, tensor in tensors.items()}
-    handles = [originals[n].register_forward_pre_hook(meter) for n, meter in meters.items()]
+    handles = [
+        originals[name].register_forward_pre_hook(meter, with_kwargs=True)
+        for name, meter in meters.items()
+    ]
     try:
         with evaluation_mode(original):
             for batch in tqdm(batches, desc="report", disable=not progress, leave=False):
@@ -73,6 +84,16 @@ def layer_report(
     return [meter.row() for meter in meters.values()]
 
 
+def _check_counterpart(name: str, tensor: ARCTensor, module: nn.Module | None) -> None:
+    weight = getattr(module, "weight", None)
+    if not isinstance(module, nn.Linear) or weight.shape != tensor.shape:
+        raise ValueError(
+            f"report: the original model has no linear {name!r} of shape {tuple(tensor.shape)}"
+        )
+    if isinstance(weight, ARCTensor):
+        raise ValueError(f"report: expected the unquantized original, found {name!r} quantized")
+
+
 class _Meter:
     """Forward pre-hook that accumulates the output energies of one linear."""
 
@@ -81,8 +102,8 @@ class _Meter:
         self.plain: ARCTensor | None = None
         self.signal = self.noise = self.plain_noise = 0.0
 
-    def __call__(self, module: nn.Linear, args: tuple[Tensor, ...]) -> None:
-        x = args[0].float()
+    def __call__(self, module: nn.Linear, args: tuple[Tensor, ...], kwargs: dict) -> None:
+        x = (args[0] if args else kwargs["input"]).float()
         reference = F.linear(x, module.weight.float())
         if self.plain is None:
             self.plain = quantize_plain(module)

@@ -32,6 +32,7 @@ ROUNDS: dict[str, tuple[Any, ...]] = {
     "four_over_six": (False, True),
 }
 SEARCH_TOKENS = 4096
+SEARCH_BATCHES = 16  # weights are quantized anew for every batch and candidate
 EQUAL_WITHIN = 1.05
 # Run-time cost, by which equals are ranked: nothing, a gather of the residuals, a second
 # quantization of every block, a gather of the whole input.
@@ -173,9 +174,10 @@ def quantized_on_the_fly(
 
 
 def _some(batches: list[Batch | Tensor]) -> list[Batch | Tensor]:
-    """Evenly spaced batches of at most SEARCH_TOKENS tokens together, at least one."""
+    """Evenly spaced batches of at most SEARCH_TOKENS tokens together: 1 to SEARCH_BATCHES."""
     tokens = [num_tokens(batch) for batch in batches]
-    count = min(len(batches), max(1, len(batches) * SEARCH_TOKENS // max(1, sum(tokens))))
+    fitting = len(batches) * SEARCH_TOKENS // max(1, sum(tokens))
+    count = min(len(batches), SEARCH_BATCHES, max(1, fitting))
     while True:
         chosen = [i * len(batches) // count for i in range(count)]
         if count == 1 or sum(tokens[i] for i in chosen) <= SEARCH_TOKENS:
