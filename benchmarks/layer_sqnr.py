@@ -25,13 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy import PLAIN, quantized_rows, run_header
+from accuracy import OURS, PLAIN, quantized_rows, run_header
 from imatrix import read_imatrix
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from arc_ao import ARCConfig, quantize_
+
+TARGET_DB = 3.0  # gain of OURS over plain NVFP4 on attention inputs
 
 # Layer kind -> tensor of the importance matrix. q/k/v share their input, so do gate and up.
 KINDS = {
@@ -156,7 +158,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--weights", choices=("gaussian", "balanced"), default="gaussian")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help=f"exit with 1 unless ours, 10 %% gains {TARGET_DB} dB on attention inputs",
+    )
     return parser.parse_args(argv)
+
+
+def attention_gain(kinds: dict[str, Any]) -> float:
+    """Gain in dB of ours at 10 % over plain NVFP4 on attention inputs; NaN if not measured."""
+    rows = kinds.get("attention input")
+    return rows[OURS]["sqnr_db"] - rows[PLAIN]["sqnr_db"] if rows else float("nan")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -172,8 +185,13 @@ def main(argv: list[str] | None = None) -> None:
         }
         print_table(kinds, f"{path.name}: output SQNR in dB, constructed activations (vs plain)")
         results[path.name] = kinds
-    header = run_header(args) | {"data": "constructed"}
+    gains = {name: attention_gain(kinds) for name, kinds in results.items()}
+    passed = all(gain >= TARGET_DB for gain in gains.values())
+    print(f"{'PASS' if passed else 'FAIL'}: attention inputs gain {gains} dB, target {TARGET_DB}")
+    header = run_header(args) | {"data": "constructed", "passed": passed}
     print(json.dumps({"benchmark": "layer_sqnr", **header, "results": results}, default=str))
+    if args.check and not passed:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
