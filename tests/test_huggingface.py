@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import byte_tokenizer, tiny_llama
 from torchao.core.config import config_from_dict, config_to_dict
+from torchao.quantization import quantize_ as torchao_quantize_
 from transformers import AutoModelForCausalLM
 
 import arc_ao
@@ -125,6 +126,32 @@ def test_failed_save_leaves_nothing(quantized, tmp_path):
 def test_unquantized_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="found no ARCTensor"):
         arc_ao.save_pretrained(tiny_llama(), tmp_path / "saved")
+
+
+def test_models_that_cannot_be_saved_are_refused(tmp_path):
+    """A tied output head that torchao's default filter took, and a module of no library."""
+    model = tiny_llama(tie_word_embeddings=True)
+    torchao_quantize_(model, CONFIGS["plain"])
+    with pytest.raises(ValueError, match="tie_word_embeddings ties it to the embedding"):
+        arc_ao.save_pretrained(model, tmp_path / "saved")
+    module = torch.nn.Sequential(torch.nn.Linear(32, 32))
+    quantize_(module, CONFIGS["plain"], progress=False)
+    with pytest.raises(TypeError, match="expected a transformers model, got Sequential"):
+        arc_ao.save_pretrained(module, tmp_path / "saved")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_converted_by_steps_saves_itself(original_dir, tmp_path):
+    """model.save_pretrained works after step="convert" too."""
+    model = AutoModelForCausalLM.from_pretrained(original_dir, dtype="auto").eval()
+    config = CONFIGS["both residuals"]
+    quantize_(model, config.with_step("prepare"))
+    arc_ao.calibrate(model, [_ids()], progress=False)
+    quantize_(model, config.with_step("convert"), progress=False)
+    model.save_pretrained(tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto")
+    with torch.no_grad():
+        assert torch.equal(model(_ids()).logits, loaded(_ids()).logits)
 
 
 def test_quantize_on_the_fly_in_from_pretrained(quantized, original_dir):

@@ -116,7 +116,7 @@ def save_pretrained(model: PreTrainedModel, directory: str | Path, tokenizer: An
 
     Raises:
         FileExistsError: `directory` exists and is not empty. ValueError: nothing in the model is
-            quantized.
+            quantized, or a tied output head is. TypeError: not a transformers model.
     """
     target = Path(directory)
     check_output(target)
@@ -124,6 +124,7 @@ def save_pretrained(model: PreTrainedModel, directory: str | Path, tokenizer: An
         raise ValueError(
             "save_pretrained: expected a model quantized by arc_ao.quantize_, found no ARCTensor"
         )
+    _check_saveable(model)
     attach_quantizer(model)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -142,6 +143,21 @@ def save_pretrained(model: PreTrainedModel, directory: str | Path, tokenizer: An
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return target
+
+
+def _check_saveable(model: nn.Module) -> None:
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"save_pretrained: expected a transformers model, got {type(model).__name__}; use "
+            "torch.save(model.state_dict(), path) for other modules"
+        )
+    head = model.get_output_embeddings()
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if tied and isinstance(getattr(head, "weight", None), ARCTensor):
+        raise ValueError(
+            "save_pretrained: the output head is quantized, but config.tie_word_embeddings ties it "
+            "to the embedding. Leave it out with filter_fn (torchao's default filter includes it)"
+        )
 
 
 def load_model(directory: str | Path, dtype: Any = "auto") -> tuple[PreTrainedModel, Any]:
