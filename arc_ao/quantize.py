@@ -267,6 +267,7 @@ def _plan_session(
     """Plan every linear of a session before the first one is touched."""
     analyses = analyse_session(session, config, progress=progress)
     session.plans = make_plans(analyses, config)
+    session.analyses = None  # every plan is dropped with its layer, its block scales too
     session.config.__dict__.pop("_session", None)  # complete: a config must not hold on to a model
 
 

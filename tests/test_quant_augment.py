@@ -41,14 +41,13 @@ def augment(x: Tensor, **changes) -> tuple[Tensor, Tensor, Tensor]:
 def by_the_formula(x: Tensor, **config) -> tuple[Tensor, Tensor, Tensor]:
     """[Q(x) | Q(R)[:, act_blocks] | Q'(R[:, act_channels]) | Q(x)[:, weight_blocks]] by rows."""
     wide = config.get("four_over_six", False)
-    largest = 6 * 256 if wide else 2688
     x = x.float()[:, config.get("channel_order", torch.arange(x.shape[1])).long()]
     mode = config.get("scale_mode", "token")
     codes, scales, outers = [], [], []
     for row in x:
         amax = row.abs().max() if mode == "token" else x.abs().max()
-        outer = config["outer_scale"][0] if mode == "static" else amax / torch.tensor(largest)
-        inverse = torch.ones(()) / outer if mode == "static" else torch.tensor(largest) / amax
+        outer = config["outer_scale"][0] if mode == "static" else amax / torch.tensor(2688.0)
+        inverse = torch.ones(()) / outer if mode == "static" else torch.tensor(2688.0) / amax
         blocks = nvfp4.to_blocks(row * inverse)
         q, s = nvfp4.quantize_blocks(blocks, four_over_six=wide)
         residual = blocks - nvfp4.decode_blocks(q, s)

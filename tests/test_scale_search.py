@@ -99,14 +99,6 @@ def test_amax_and_four_over_six_are_the_formats_own():
     assert (error(blocks, wide) <= error(blocks, amax)).all()
 
 
-def test_row_chunks_cover_every_row_once(monkeypatch):
-    for elements, expected in ((1 << 20, [5]), (128, [2, 2, 1]), (1, [1] * 5)):
-        monkeypatch.setattr(scale_search, "CHUNK_ELEMENTS", elements)
-        rows = [range(5)[chunk] for chunk in scale_search.row_chunks(torch.zeros(5, 64))]
-        assert [len(r) for r in rows] == expected and sum(map(list, rows), []) == list(range(5))
-    assert list(scale_search.row_chunks(torch.zeros(0, 64))) == []
-
-
 @pytest.mark.parametrize("weight_scale", ["amax", "mse", "four_over_six"])
 def test_chunking_changes_no_bit(monkeypatch, weight_scale):
     """A weight analysed and quantized at once, and three rows at a time."""
@@ -121,7 +113,7 @@ def test_chunking_changes_no_bit(monkeypatch, weight_scale):
         return analysis, quantize_weight(weight, plan)
 
     whole, tensor = run()
-    monkeypatch.setattr(scale_search, "CHUNK_ELEMENTS", 3 * 64)
+    monkeypatch.setattr("arc_ao.methods.weights.CHUNK_ELEMENTS", 3 * 64)
     parts, chunked = run()
     assert torch.equal(whole.scale, parts.scale)
     torch.testing.assert_close(whole.column_energy, parts.column_energy)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from arc_ao.inference import evaluation_mode, run_model
+from arc_ao.memory import release_memory
 
 Batch = dict[str, Any]
 
@@ -103,3 +104,4 @@ def calibrate(
     with evaluation_mode(model):
         for batch in tqdm(batches, desc="calibrate", disable=not progress, leave=False):
             run_model(model, batch)
+            release_memory()

@@ -35,6 +35,7 @@ class CalibrationSession:
     shared: SharedInputs = field(default_factory=SharedInputs)
     plans: dict[str, Any] | None = None  # member name -> LayerPlan, made once at convert
     observing: bool = True  # off while candidates are tried on the same inputs
+    analyses: tuple[Any, list[Any]] | None = None  # what was last analysed, and its result
 
     def attach(self, name: str, module: nn.Linear) -> None:
         """Start observing `module`."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK_ELEMENTS = 2**24  # values per chunk of tokens: 64 MiB per fp32 temporary
+CHUNK_ELEMENTS = 2**20  # values per chunk of tokens: 4 MiB per fp32 temporary
 
 
 def is_logits(output: Any) -> bool:

@@ -20,6 +20,7 @@ Blackwell reads (PTX ISA, tcgen05 block scaling; CUTLASS Sm1xxBlockScaledConfig)
 """
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -31,8 +32,6 @@ F4_E2M1_MAX = 6.0
 F8_E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max  # 448
 F8_E4M3_MIN = 2.0**-9  # smallest subnormal
 NVFP4_MAX = F4_E2M1_MAX * F8_E4M3_MAX  # 2688
-# Four-over-six maps the largest value to 6 * 256, which leaves room for scales 1.5 times larger.
-FOUR_OVER_SIX_MAX = F4_E2M1_MAX * 256.0
 TINY_AMAX = 2.0**-116  # 2688 / TINY_AMAX is still finite in fp32
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E4M3_NAN = 0x7F
@@ -50,14 +49,14 @@ def divide(numerator: float, x: Tensor) -> Tensor:
     return torch.full_like(x, numerator) / x
 
 
-def inverse_outer_scale(amax: Tensor, largest: float = NVFP4_MAX) -> Tensor:
-    """Quantize-side multiplier `largest / amax`, fp32, 0 where amax counts as zero."""
-    return torch.where(amax < TINY_AMAX, torch.zeros_like(amax), divide(largest, amax))
+def inverse_outer_scale(amax: Tensor) -> Tensor:
+    """Quantize-side multiplier `2688 / amax`, fp32, 0 where amax counts as zero."""
+    return torch.where(amax < TINY_AMAX, torch.zeros_like(amax), divide(NVFP4_MAX, amax))
 
 
-def outer_scale(amax: Tensor, largest: float = NVFP4_MAX) -> Tensor:
-    """Dequantize-side multiplier `amax / largest`, fp32, 0 where amax counts as zero."""
-    scale = amax / torch.full_like(amax, largest)
+def outer_scale(amax: Tensor) -> Tensor:
+    """Dequantize-side multiplier `amax / 2688`, fp32, 0 where amax counts as zero."""
+    scale = amax / torch.full_like(amax, NVFP4_MAX)
     return torch.where(amax < TINY_AMAX, torch.zeros_like(amax), scale)
 
 
@@ -178,10 +177,9 @@ def quantize(
     x = x.float()
     if amax is None:
         amax = x.abs().amax() if x.numel() else x.new_zeros(())
-    largest = FOUR_OVER_SIX_MAX if four_over_six else NVFP4_MAX
-    blocks = to_blocks(x * inverse_outer_scale(amax, largest))
+    blocks = to_blocks(x * inverse_outer_scale(amax))
     codes, scale = quantize_blocks(blocks, four_over_six=four_over_six)
-    return pack(codes.flatten(-2)), encode_e4m3(scale), outer_scale(amax, largest)
+    return pack(codes.flatten(-2)), encode_e4m3(scale), outer_scale(amax)
 
 
 def dequantize(
@@ -195,7 +193,19 @@ def decode(qdata: Tensor, scale: Tensor) -> Tensor:
     """q * s [..., K] in fp32, without the outer scale; every value is exact in bf16 too."""
     values = _byte_values(qdata.device)[qdata.int()]  # [..., K/2, 2]
     blocks = values.flatten(-2).unflatten(-1, (-1, BLOCK_SIZE))  # [..., K/16, 16]
-    return (blocks * decode_e4m3(scale).unsqueeze(-1)).flatten(-2)
+    return blocks.mul_(decode_e4m3(scale).unsqueeze(-1)).flatten(-2)
+
+
+def bytes_of_blocks(qdata: Tensor) -> Tensor:
+    """View [..., K/2] packed codes as blocks [..., K/16, 8]."""
+    return qdata.unflatten(-1, (-1, BLOCK_SIZE // 2))
+
+
+def row_chunks(matrix: Tensor, elements: int) -> Iterator[slice]:
+    """Row ranges of matrix [N, K] of at most `elements` elements (at least one row)."""
+    step = max(1, elements // max(1, matrix.shape[1]))
+    for start in range(0, matrix.shape[0], step):
+        yield slice(start, min(start + step, matrix.shape[0]))
 
 
 def swizzle_scales(scale: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ from arc_ao.calibration.session import CalibrationSession
 from arc_ao.config import ARCConfig
 from arc_ao.eval.divergence import output_divergence
 from arc_ao.inference import evaluation_mode, run_model
-from arc_ao.methods.plan import GroupAnalysis, analyse_session, make_plans
+from arc_ao.memory import release_memory
+from arc_ao.methods.plan import analyse_session, make_plans
 from arc_ao.methods.weights import LayerPlan, quantize_weight
 
 ROUNDS: dict[str, tuple[Any, ...]] = {
@@ -104,7 +105,7 @@ def best(trials: list[Trial]) -> Trial:
 
 
 class _Search:
-    """Measures candidates on one set of batches, analysing weights once per channel order."""
+    """Measures candidates on one set of batches; those of one call share their channel order."""
 
     def __init__(
         self,
@@ -115,12 +116,11 @@ class _Search:
     ) -> None:
         self.model, self.session, self.batches = model, session, batches
         self.progress = progress
-        self.analyses: dict[tuple, list[GroupAnalysis]] = {}
 
     def measure(self, configs: list[ARCConfig]) -> list[Trial]:
         """Mean divergence of every config over the batches."""
         sums = [0.0] * len(configs)
-        plans = [make_plans(self._analysis(config), config) for config in configs]
+        plans = [self._plans(config) for config in configs]
         total = len(self.batches) * len(configs)
         bar = tqdm(total=total, desc="try recipes", disable=not self.progress, leave=False)
         with bar, evaluation_mode(self.model):
@@ -131,17 +131,15 @@ class _Search:
                     with quantized_on_the_fly(self.session, plan):
                         output = run_model(self.model, batch)
                     sums[i] += output_divergence(reference, output, mask)
+                    release_memory()
                     bar.update()
         return [
             Trial(config, total / len(self.batches))
             for config, total in zip(configs, sums, strict=True)
         ]
 
-    def _analysis(self, config: ARCConfig) -> list[GroupAnalysis]:
-        key = (config.channel_order, config.weight_scale)
-        if key not in self.analyses:
-            self.analyses[key] = analyse_session(self.session, config, progress=self.progress)
-        return self.analyses[key]
+    def _plans(self, config: ARCConfig) -> dict[str, LayerPlan]:
+        return make_plans(analyse_session(self.session, config, progress=self.progress), config)
 
 
 @contextmanager
@@ -159,6 +157,7 @@ def quantized_on_the_fly(
     def swap_out(module: nn.Linear, args: tuple, output: Tensor | None) -> None:
         if module in originals:  # not where an earlier pre-hook raised
             module.weight = originals.pop(module)
+            release_memory()
 
     by_module = {member.module: plans[member.name] for member in session.members}
     try:

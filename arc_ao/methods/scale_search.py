@@ -9,7 +9,6 @@ where importance is E[x_k^2] on calibration data, or 1 without any. Every candid
 value, so nothing is lost by rounding the winner. Ties go to the candidate nearest to amax.
 """
 
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -20,14 +19,6 @@ from arc_ao.formats import nvfp4
 WeightScale = Literal["amax", "mse", "four_over_six"]
 CODE_OFFSETS = sorted(range(-6, 7), key=abs)
 SMALLEST_CODE, LARGEST_CODE = 1, 0x7E  # 2^-9 and 448
-CHUNK_ELEMENTS = 1 << 18  # bounds the temporaries, which are 1 MB each in fp32
-
-
-def row_chunks(weight: Tensor) -> Iterator[slice]:
-    """Row ranges of weight [N, K] of at most CHUNK_ELEMENTS elements (at least one row)."""
-    step = max(1, CHUNK_ELEMENTS // max(1, weight.shape[1]))
-    for start in range(0, weight.shape[0], step):
-        yield slice(start, min(start + step, weight.shape[0]))
 
 
 def choose_scales(blocks: Tensor, method: WeightScale, importance: Tensor | None = None) -> Tensor:

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from arc_ao.config import ARCConfig
 from arc_ao.formats import nvfp4
-from arc_ao.methods.scale_search import choose_scales, row_chunks
+from arc_ao.methods.scale_search import choose_scales
 from arc_ao.tensor import ARCTensor
+
+CHUNK_ELEMENTS = 1 << 18  # bounds the temporaries, which are 1 MB each in fp32
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,6 @@ class LayerPlan:
     mean_error: Tensor | None = None  # fp32 [K16], importance of errors in copied columns
 
 
-def largest_value(config: ARCConfig) -> float:
-    """Value that the weight's amax is mapped to."""
-    wide = config.weight_scale == "four_over_six"
-    return nvfp4.FOUR_OVER_SIX_MAX if wide else nvfp4.NVFP4_MAX
-
-
 def _num_blocks(weight: Tensor) -> int:
     return -(-weight.shape[1] // nvfp4.BLOCK_SIZE)
 
@@ -67,12 +63,12 @@ def analyse_weight(
         order: int32 [K] or None.
         mean_square: fp32 [K16] in plan order, E[x^2] of the calibration data, or None.
     """
-    inverse = nvfp4.inverse_outer_scale(amax, largest_value(config))
-    outer = nvfp4.outer_scale(amax, largest_value(config))
+    inverse = nvfp4.inverse_outer_scale(amax)
+    outer = nvfp4.outer_scale(amax)
     importance = None if mean_square is None else nvfp4.to_blocks(mean_square)
     scales = weight.new_empty((weight.shape[0], _num_blocks(weight)), dtype=torch.uint8)
     energy, error = 0.0, 0.0
-    for rows in row_chunks(weight):
+    for rows in nvfp4.row_chunks(weight, CHUNK_ELEMENTS):
         blocks = nvfp4.to_blocks(in_order(weight[rows].float(), order) * inverse)
         scale = choose_scales(blocks, config.weight_scale, importance)
         values = nvfp4.decode_blocks(nvfp4.encode_blocks(blocks, scale), scale)
@@ -84,12 +80,12 @@ def analyse_weight(
 
 def quantize_weight(weight: Tensor, plan: LayerPlan) -> ARCTensor:
     """Quantize weight [N, K] as planned."""
-    inverse = nvfp4.inverse_outer_scale(plan.amax, largest_value(plan.config))
+    inverse = nvfp4.inverse_outer_scale(plan.amax)
     copied = 0 if plan.act_channels is None else plan.act_channels.shape[0] // nvfp4.BLOCK_SIZE
     stored = _num_blocks(weight) + copied + plan.weight_blocks.shape[0]
     qdata = weight.new_empty((weight.shape[0], stored * nvfp4.BLOCK_SIZE // 2), dtype=torch.uint8)
     scales = weight.new_empty((weight.shape[0], stored), dtype=torch.uint8)
-    for rows in row_chunks(weight):
+    for rows in nvfp4.row_chunks(weight, CHUNK_ELEMENTS):
         ordered = in_order(weight[rows].float(), plan.channel_order) * inverse  # [n, K16]
         parts = _stored_parts(ordered, plan.scale[rows], plan)
         qdata[rows] = nvfp4.pack(torch.cat([c.flatten(1) for c, _ in parts], dim=1))
@@ -97,7 +93,7 @@ def quantize_weight(weight: Tensor, plan: LayerPlan) -> ARCTensor:
     return ARCTensor(
         qdata,
         scales,
-        nvfp4.outer_scale(plan.amax, largest_value(plan.config)).reshape(1),
+        nvfp4.outer_scale(plan.amax).reshape(1),
         plan.act_blocks,
         plan.weight_blocks,
         weight.shape[1],

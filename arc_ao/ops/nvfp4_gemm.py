@@ -13,6 +13,8 @@ from torch import Tensor
 
 from arc_ao.formats import nvfp4
 
+CHUNK_BLOCKS = 1 << 16  # of the weight, decoded to fp32 at a time: 4 MiB
+
 
 @torch.library.custom_op("arc::nvfp4_gemm", mutates_args=())
 def nvfp4_gemm(
@@ -49,16 +51,27 @@ def nvfp4_gemm(
     _check(a, a_scale, b, b_scale, act_blocks, base_blocks)
     _check_epilogue(a_outer, bias, a.shape[0], b.shape[0])
     left = nvfp4.decode(a, a_scale)  # [M, K_aug]
-    right = nvfp4.decode(b, b_scale)  # [N, K_b]
-    if act_blocks is not None and act_blocks.numel():
-        base = right[:, : base_blocks * nvfp4.BLOCK_SIZE]
-        again = nvfp4.to_blocks(base).index_select(1, act_blocks).flatten(1)
-        right = torch.cat((base, again, right[:, base.shape[1] :]), dim=1)  # [N, K_aug]
+    y = left.new_empty((a.shape[0], b.shape[0]))
     with torch.autocast(a.device.type, enabled=False):  # autocast would round the sums to bf16
-        y = (left @ right.t()) * a_outer.unsqueeze(1) * b_outer  # [M, N]
+        for rows in nvfp4.row_chunks(b_scale, CHUNK_BLOCKS):
+            right = _decode_weight(b[rows], b_scale[rows], act_blocks, base_blocks)
+            torch.mm(left, right.t(), out=y[:, rows])
+    y.mul_(a_outer.unsqueeze(1)).mul_(b_outer)
     if bias is not None:
-        y = y + bias.float()
+        y.add_(bias.float())
     return y.to(out_dtype)
+
+
+def _decode_weight(
+    b: Tensor, b_scale: Tensor, act_blocks: Tensor | None, base_blocks: int
+) -> Tensor:
+    """Rows of W_aug, fp32 [n, K_aug], with the repeated blocks in their place."""
+    if act_blocks is not None and act_blocks.numel():
+        stored = torch.arange(b_scale.shape[1], dtype=act_blocks.dtype, device=b.device)
+        columns = torch.cat((stored[:base_blocks], act_blocks, stored[base_blocks:]))
+        b = nvfp4.bytes_of_blocks(b).index_select(1, columns).flatten(1)
+        b_scale = b_scale.index_select(1, columns)
+    return nvfp4.decode(b, b_scale)
 
 
 @nvfp4_gemm.register_fake

@@ -18,6 +18,7 @@ from arc_ao.formats import nvfp4
 
 SCALE_MODES = ("token", "tensor", "static")
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+CHUNK_ELEMENTS = 1 << 18  # rows quantized at a time: 1 MiB per fp32 temporary
 
 
 @torch.library.custom_op("arc::quant_augment", mutates_args=())
@@ -53,26 +54,20 @@ def quant_augment(
             another shape, act_channels not a multiple of 16.
     """
     _check(x, outer_scale, scale_mode, act_channels)
-    rows = x.reshape(-1, x.shape[-1]).float()  # [M, K]
-    if channel_order is not None:
-        rows = rows.index_select(1, channel_order)
-    largest = nvfp4.FOUR_OVER_SIX_MAX if four_over_six else nvfp4.NVFP4_MAX
-    inverse, outer = _outer_scales(rows, outer_scale, scale_mode, largest)
-    blocks = nvfp4.to_blocks(rows * inverse)  # [M, K/16, 16]
-    base = nvfp4.quantize_blocks(blocks, four_over_six=four_over_six)
-    parts = [base]
-    if act_blocks.numel() or act_channels is not None:
-        residual = blocks - nvfp4.decode_blocks(base.codes, base.scale)
-        for gathered in _gather(residual, act_blocks, act_channels):
-            parts.append(nvfp4.quantize_blocks(gathered, four_over_six=four_over_six))
-    parts.append(
-        nvfp4.QuantizedBlocks(
-            base.codes.index_select(1, weight_blocks), base.scale.index_select(1, weight_blocks)
-        )
-    )
-    codes = torch.cat([part.codes for part in parts], dim=1).flatten(1)  # [M, K_aug]
-    scale = torch.cat([part.scale for part in parts], dim=1)  # [M, K_aug/16]
-    return nvfp4.pack(codes), nvfp4.encode_e4m3(scale), outer
+    rows = x.reshape(-1, x.shape[-1])  # [M, K]
+    inverse, outer = _outer_scales(rows, outer_scale, scale_mode)
+    blocks = _augmented_blocks(x, act_blocks, weight_blocks, act_channels)
+    qdata = x.new_empty((rows.shape[0], blocks * nvfp4.BLOCK_SIZE // 2), dtype=torch.uint8)
+    scale = x.new_empty((rows.shape[0], blocks), dtype=torch.uint8)
+    for some in nvfp4.row_chunks(rows, CHUNK_ELEMENTS):
+        scaled = rows[some].float()
+        if channel_order is not None:
+            scaled = scaled.index_select(1, channel_order)
+        scaled = scaled * (inverse[some] if scale_mode == "token" else inverse)
+        parts = _parts(scaled, act_blocks, weight_blocks, act_channels, four_over_six)
+        qdata[some] = nvfp4.pack(torch.cat([part.codes for part in parts], dim=1).flatten(1))
+        scale[some] = nvfp4.encode_e4m3(torch.cat([part.scale for part in parts], dim=1))
+    return qdata, scale, outer
 
 
 @quant_augment.register_fake
@@ -88,9 +83,7 @@ def _quant_augment_fake(
 ):
     _check(x, outer_scale, scale_mode, act_channels)
     rows = math.prod(x.shape[:-1])
-    blocks = -(-x.shape[-1] // nvfp4.BLOCK_SIZE) + act_blocks.shape[0] + weight_blocks.shape[0]
-    if act_channels is not None:
-        blocks += act_channels.shape[0] // nvfp4.BLOCK_SIZE
+    blocks = _augmented_blocks(x, act_blocks, weight_blocks, act_channels)
     return (
         x.new_empty((rows, blocks * nvfp4.BLOCK_SIZE // 2), dtype=torch.uint8),
         x.new_empty((rows, blocks), dtype=torch.uint8),
@@ -126,8 +119,35 @@ def _check(
         )
 
 
+def _augmented_blocks(
+    x: Tensor, act_blocks: Tensor, weight_blocks: Tensor, act_channels: Tensor | None
+) -> int:
+    """K_aug / 16."""
+    blocks = -(-x.shape[-1] // nvfp4.BLOCK_SIZE) + act_blocks.shape[0] + weight_blocks.shape[0]
+    return blocks if act_channels is None else blocks + act_channels.shape[0] // nvfp4.BLOCK_SIZE
+
+
+def _parts(
+    scaled: Tensor,
+    act_blocks: Tensor,
+    weight_blocks: Tensor,
+    act_channels: Tensor | None,
+    four_over_six: bool,
+) -> list[nvfp4.QuantizedBlocks]:
+    """The quantized parts of A_aug, from rows [m, K] that the outer scale has been applied to."""
+    blocks = nvfp4.to_blocks(scaled)  # [m, K/16, 16]
+    base = nvfp4.quantize_blocks(blocks, four_over_six=four_over_six)
+    parts = [base]
+    if act_blocks.numel() or act_channels is not None:
+        residual = blocks - nvfp4.decode_blocks(base.codes, base.scale)
+        for gathered in _gather(residual, act_blocks, act_channels):
+            parts.append(nvfp4.quantize_blocks(gathered, four_over_six=four_over_six))
+    repeated = (part.index_select(1, weight_blocks) for part in base)
+    return [*parts, nvfp4.QuantizedBlocks(*repeated)]
+
+
 def _outer_scales(
-    rows: Tensor, outer_scale: Tensor | None, scale_mode: str, largest: float
+    rows: Tensor, outer_scale: Tensor | None, scale_mode: str
 ) -> tuple[Tensor, Tensor]:
     """Quantize-side multiplier (broadcastable to rows) and outer scale [M] or [1]."""
     if outer_scale is not None:
@@ -135,13 +155,13 @@ def _outer_scales(
         return torch.where(
             outer_scale == 0, torch.zeros_like(inverse), inverse
         ), outer_scale.clone()
-    magnitude = rows.abs()
     if scale_mode == "token":
-        amax = magnitude.amax(1) if rows.shape[1] else rows.new_zeros(rows.shape[0])
+        amax = rows.abs().amax(1) if rows.shape[1] else rows.new_zeros(rows.shape[0])
     else:
-        amax = magnitude.amax().reshape(1) if rows.numel() else rows.new_zeros(1)
-    inverse = nvfp4.inverse_outer_scale(amax, largest)
-    return inverse.unsqueeze(1), nvfp4.outer_scale(amax, largest)
+        amax = rows.abs().amax().reshape(1) if rows.numel() else rows.new_zeros(1)
+    amax = amax.float()
+    inverse = nvfp4.inverse_outer_scale(amax)
+    return inverse.unsqueeze(1), nvfp4.outer_scale(amax)
 
 
 def _gather(residual: Tensor, act_blocks: Tensor, act_channels: Tensor | None) -> list[Tensor]:
