@@ -1,8 +1,12 @@
-"""Build entry point; the metadata is in pyproject.toml.
+"""Build entry point; the metadata is in pyproject.toml, the native library in build_native.py."""
 
-Imports neither torch nor a compiler, so the build runs on any machine and in pip's isolation.
-"""
+import sys
+from pathlib import Path
 
 from setuptools import setup
 
-setup()
+sys.path.insert(0, str(Path(__file__).parent))  # not on the path in pip's isolation
+
+from build_native import commands  # noqa: E402
+
+setup(cmdclass=commands())

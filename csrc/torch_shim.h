@@ -40,7 +40,6 @@ AOTITorchError aoti_torch_empty_strided(
     int32_t device_type,
     int32_t device_index,
     AtenTensorHandle* tensor);
-AOTITorchError aoti_torch_clone(AtenTensorHandle tensor, AtenTensorHandle* copy);
 
 AOTITorchError aoti_torch_library_init_impl(
     const char* ns, const char* key, const char* file, uint32_t line, TorchLibraryHandle* library);
@@ -52,6 +51,10 @@ AOTITorchError torch_library_impl(
     const char* name,
     void (*fn)(StableIValue* stack, uint64_t num_args, uint64_t num_outputs),
     uint64_t extension_build_version);
+
+AOTITorchError torch_call_dispatcher(
+    const char* name, const char* overload, StableIValue* stack, uint64_t extension_build_version);
+int32_t aoti_torch_memory_format_contiguous_format();
 
 AOTITorchError torch_parallel_for(
     int64_t begin, int64_t end, int64_t grain_size, ParallelFunc fn, void* context);

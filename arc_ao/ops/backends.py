@@ -1,9 +1,19 @@
 """Which implementation each operator runs, and why: what `arc-ao env` prints."""
 
-OPERATORS = ("arc::quant_augment", "arc::nvfp4_gemm")
+from arc_ao.ops import native
+
+OPERATORS = (
+    "arc::quant_augment",
+    "arc::rms_norm_quant_augment",
+    "arc::add_rms_norm_quant_augment",
+    "arc::silu_mul_quant_augment",
+    "arc::nvfp4_gemm",
+)
 
 
 def backend_report() -> dict[str, dict[str, str]]:
-    """Operator name -> {"backend", "reason"}."""
-    reason = "this version has no native kernels; eager PyTorch is the meaning of the operator"
-    return {name: {"backend": "eager", "reason": reason} for name in OPERATORS}
+    """Operator name -> {"backend", "reason"}, on the CPU."""
+    level = native.cpu_level()
+    reason = native.reason_absent() or f"the best of: {native.cpu_features()}"
+    backend = "eager" if level == "eager" else f"native CPU, {level}"
+    return {name: {"backend": backend, "reason": reason} for name in OPERATORS}

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from arc_ao.formats import nvfp4
+from arc_ao.ops.checks import check
+from arc_ao.ops.layout import LAYOUTS, from_panels
+from arc_ao.ops.registry import define
 
 CHUNK_BLOCKS = 1 << 16  # of the weight, decoded to fp32 at a time: 4 MiB
 
 
-@torch.library.custom_op("arc::nvfp4_gemm", mutates_args=())
-def nvfp4_gemm(
+def nvfp4_gemm_eager(
     a: Tensor,
     a_scale: Tensor,
     a_outer: Tensor,
@@ -28,6 +30,7 @@ def nvfp4_gemm(
     out_dtype: torch.dtype,
     act_blocks: Tensor | None = None,
     base_blocks: int = 0,
+    b_layout: str = "plain",
 ) -> Tensor:
     """Multiply augmented NVFP4 operands.
 
@@ -40,15 +43,18 @@ def nvfp4_gemm(
         out_dtype: bf16, fp16 or fp32.
         act_blocks: int32 [Ra], base blocks of b that are read a second time.
         base_blocks: number of base blocks in b, after which the second reading is inserted.
+        b_layout: "plain", or "panels" (see ops/layout.py).
 
     Returns:
         [M, N] in out_dtype.
 
     Raises:
-        ValueError: operands whose K_aug differ, naming both; scales, bias or base_blocks that do
-            not fit the operands.
+        RuntimeError: operands whose K_aug differ, naming both; scales, bias, base_blocks or
+            b_layout that do not fit the operands.
     """
-    _check(a, a_scale, b, b_scale, act_blocks, base_blocks)
+    _check(a, a_scale, b, b_scale, act_blocks, base_blocks, b_layout)
+    if b_layout == "panels":
+        b, b_scale = from_panels(b, b_scale)
     _check_epilogue(a_outer, bias, a.shape[0], b.shape[0])
     left = nvfp4.decode(a, a_scale)  # [M, K_aug]
     y = left.new_empty((a.shape[0], b.shape[0]))
@@ -74,9 +80,18 @@ def _decode_weight(
     return nvfp4.decode(b, b_scale)
 
 
-@nvfp4_gemm.register_fake
 def _nvfp4_gemm_fake(
-    a, a_scale, a_outer, b, b_scale, b_outer, bias, out_dtype, act_blocks=None, base_blocks=0
+    a,
+    a_scale,
+    a_outer,
+    b,
+    b_scale,
+    b_outer,
+    bias,
+    out_dtype,
+    act_blocks=None,
+    base_blocks=0,
+    b_layout="plain",
 ):
     return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
 
@@ -88,31 +103,48 @@ def _check(
     b_scale: Tensor,
     act_blocks: Tensor | None,
     base_blocks: int,
+    b_layout: str,
 ) -> None:
     repeated = 0 if act_blocks is None else act_blocks.shape[0]
-    if a.shape[1] != b.shape[1] + repeated * nvfp4.BLOCK_SIZE // 2:
-        raise ValueError(
-            f"nvfp4_gemm: a has K_aug = {2 * a.shape[1]}, b has {2 * b.shape[1]} plus "
-            f"{repeated} repeated blocks of 16; quantize x with the blocks of this weight"
-        )
+    check(
+        a.shape[1] == b.shape[1] + repeated * nvfp4.BLOCK_SIZE // 2,
+        f"nvfp4_gemm: a has K_aug = {2 * a.shape[1]}, b has {2 * b.shape[1]} plus "
+        f"{repeated} repeated blocks of 16; quantize x with the blocks of this weight",
+    )
     for name, codes, scale in (("a", a, a_scale), ("b", b, b_scale)):
-        if codes.shape != (scale.shape[0], scale.shape[1] * nvfp4.BLOCK_SIZE // 2):
-            raise ValueError(
-                f"nvfp4_gemm: {name} has {codes.shape[0]} rows of {2 * codes.shape[1]} codes and "
-                f"{scale.shape[0]} rows of {scale.shape[1]} block scales, expected one scale per "
-                f"{nvfp4.BLOCK_SIZE} codes"
-            )
-    if repeated and not 0 < base_blocks <= b_scale.shape[1]:
-        raise ValueError(
-            f"nvfp4_gemm: base_blocks must be 1 to {b_scale.shape[1]}, the blocks of b, where "
-            f"act_blocks repeats some of them, got {base_blocks}"
+        check(
+            codes.shape == (scale.shape[0], scale.shape[1] * nvfp4.BLOCK_SIZE // 2),
+            f"nvfp4_gemm: {name} has {codes.shape[0]} rows of {2 * codes.shape[1]} codes and "
+            f"{scale.shape[0]} rows of {scale.shape[1]} block scales, expected one scale per "
+            f"{nvfp4.BLOCK_SIZE} codes",
         )
+    check(
+        not repeated or 0 < base_blocks <= b_scale.shape[1],
+        f"nvfp4_gemm: base_blocks must be 1 to {b_scale.shape[1]}, the blocks of b, where "
+        f"act_blocks repeats some of them, got {base_blocks}",
+    )
+    check(
+        b_layout in LAYOUTS,
+        f"nvfp4_gemm: b_layout must be one of {LAYOUTS}, got {b_layout!r}",
+    )
 
 
 def _check_epilogue(a_outer: Tensor, bias: Tensor | None, rows: int, cols: int) -> None:
-    if a_outer.shape not in ((1,), (rows,)):
-        raise ValueError(
-            f"nvfp4_gemm: a_outer must have shape [1] or [{rows}], got {list(a_outer.shape)}"
-        )
-    if bias is not None and bias.shape != (cols,):
-        raise ValueError(f"nvfp4_gemm: bias must have shape [{cols}], got {list(bias.shape)}")
+    check(
+        a_outer.shape in ((1,), (rows,)),
+        f"nvfp4_gemm: a_outer must have shape [1] or [{rows}], got {list(a_outer.shape)}",
+    )
+    check(
+        bias is None or bias.shape == (cols,),
+        f"nvfp4_gemm: bias must have shape [{cols}], got "
+        f"{None if bias is None else list(bias.shape)}",
+    )
+
+
+nvfp4_gemm = define(
+    "nvfp4_gemm(Tensor a, Tensor a_scale, Tensor a_outer, Tensor b, Tensor b_scale, "
+    "Tensor b_outer, Tensor? bias, ScalarType out_dtype, Tensor? act_blocks=None, "
+    'int base_blocks=0, str b_layout="plain") -> Tensor',
+    nvfp4_gemm_eager,
+    _nvfp4_gemm_fake,
+)

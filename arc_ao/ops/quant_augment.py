@@ -15,14 +15,20 @@ import torch
 from torch import Tensor
 
 from arc_ao.formats import nvfp4
+from arc_ao.ops.checks import check
+from arc_ao.ops.registry import define
 
+# The arguments that the fused producers share, in this order.
+AUGMENTATION = (
+    "Tensor act_blocks, Tensor weight_blocks, Tensor? outer_scale, str scale_mode, "
+    "Tensor? channel_order=None, Tensor? act_channels=None, bool four_over_six=False"
+)
 SCALE_MODES = ("token", "tensor", "static")
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CHUNK_ELEMENTS = 1 << 18  # rows quantized at a time: 1 MiB per fp32 temporary
 
 
-@torch.library.custom_op("arc::quant_augment", mutates_args=())
-def quant_augment(
+def quant_augment_eager(
     x: Tensor,
     act_blocks: Tensor,
     weight_blocks: Tensor,
@@ -50,10 +56,10 @@ def quant_augment(
         with M the product of the leading dimensions of x.
 
     Raises:
-        ValueError: unknown scale_mode, x of another dtype, outer_scale missing, unexpected or of
+        RuntimeError: unknown scale_mode, x of another dtype, outer_scale missing, unexpected or of
             another shape, act_channels not a multiple of 16.
     """
-    _check(x, outer_scale, scale_mode, act_channels)
+    check_augmentation(x, outer_scale, scale_mode, act_channels)
     rows = x.reshape(-1, x.shape[-1])  # [M, K]
     inverse, outer = _outer_scales(rows, outer_scale, scale_mode)
     blocks = _augmented_blocks(x, act_blocks, weight_blocks, act_channels)
@@ -70,7 +76,6 @@ def quant_augment(
     return qdata, scale, outer
 
 
-@quant_augment.register_fake
 def _quant_augment_fake(
     x,
     act_blocks,
@@ -81,7 +86,7 @@ def _quant_augment_fake(
     act_channels=None,
     four_over_six=False,
 ):
-    _check(x, outer_scale, scale_mode, act_channels)
+    check_augmentation(x, outer_scale, scale_mode, act_channels)
     rows = math.prod(x.shape[:-1])
     blocks = _augmented_blocks(x, act_blocks, weight_blocks, act_channels)
     return (
@@ -91,31 +96,35 @@ def _quant_augment_fake(
     )
 
 
-def _check(
-    x: Tensor, outer_scale: Tensor | None, scale_mode: str, act_channels: Tensor | None
+def check_augmentation(
+    x: Tensor,
+    outer_scale: Tensor | None,
+    scale_mode: str,
+    act_channels: Tensor | None,
+    op: str = "quant_augment",
 ) -> None:
-    if scale_mode not in SCALE_MODES:
-        raise ValueError(
-            f"quant_augment: scale_mode must be one of {SCALE_MODES}, got {scale_mode!r}"
+    """Refuse arguments that do not fit together; every message names the operator."""
+    check(x.dtype in INPUT_DTYPES, f"{op}: x must be bf16, fp16 or fp32, got {x.dtype}")
+    check(x.dim() > 0, f"{op}: x must have at least one dimension [*, K], got a scalar")
+    check(
+        scale_mode in SCALE_MODES,
+        f"{op}: scale_mode must be one of {SCALE_MODES}, got {scale_mode!r}",
+    )
+    check(
+        (scale_mode == "static") == (outer_scale is not None),
+        f"{op}: outer_scale belongs to scale_mode 'static' and only to it, got scale_mode "
+        f"{scale_mode!r} {'without' if outer_scale is None else 'with'} outer_scale",
+    )
+    if outer_scale is not None:
+        check(
+            (outer_scale.shape, outer_scale.dtype) == ((1,), torch.float32),
+            f"{op}: outer_scale must be fp32 [1], got {list(outer_scale.shape)}",
         )
-    if x.dtype not in INPUT_DTYPES:
-        raise ValueError(f"quant_augment: x must be bf16, fp16 or fp32, got {x.dtype}")
-    if x.dim() == 0:
-        raise ValueError("quant_augment: x must have at least one dimension [*, K], got a scalar")
-    if (scale_mode == "static") != (outer_scale is not None):
-        raise ValueError(
-            "quant_augment: outer_scale belongs to scale_mode 'static' and only to it, got "
-            f"scale_mode {scale_mode!r} {'without' if outer_scale is None else 'with'} outer_scale"
-        )
-    if outer_scale is not None and (outer_scale.shape, outer_scale.dtype) != ((1,), torch.float32):
-        raise ValueError(
-            f"quant_augment: outer_scale must be fp32 [1], got {outer_scale.dtype} "
-            f"{list(outer_scale.shape)}"
-        )
-    if act_channels is not None and act_channels.shape[0] % nvfp4.BLOCK_SIZE:
-        raise ValueError(
-            f"quant_augment: act_channels must hold a multiple of {nvfp4.BLOCK_SIZE} channels, got "
-            f"{act_channels.shape[0]}"
+    if act_channels is not None:
+        check(
+            act_channels.shape[0] % nvfp4.BLOCK_SIZE == 0,
+            f"{op}: act_channels must hold a multiple of {nvfp4.BLOCK_SIZE} channels, got "
+            f"{act_channels.shape[0]}",
         )
 
 
@@ -170,3 +179,10 @@ def _gather(residual: Tensor, act_blocks: Tensor, act_channels: Tensor | None) -
     if act_channels is not None:
         gathered.append(nvfp4.to_blocks(residual.flatten(1).index_select(1, act_channels)))
     return gathered
+
+
+quant_augment = define(
+    f"quant_augment(Tensor x, {AUGMENTATION}) -> (Tensor, Tensor, Tensor)",
+    quant_augment_eager,
+    _quant_augment_fake,
+)

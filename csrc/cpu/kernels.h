@@ -1,0 +1,63 @@
+// What every dispatch level implements, as a table of functions. One file per level fills one.
+#pragma once
+
+#include <cstdint>
+
+namespace arc {
+
+constexpr int64_t kBlock = 16;   // channels that share a block scale
+constexpr int64_t kPanel = 16;   // rows of the weight that the dot products run over together
+constexpr int64_t kBlockBytes = kBlock / 2;
+constexpr int64_t kPanelBlockBytes = kPanel * kBlockBytes;
+
+enum class DType { kFloat, kHalf, kBFloat16 };
+
+inline int64_t size_of(DType dtype) { return dtype == DType::kFloat ? 4 : 2; }
+
+// Activations as the dot products read them. Integers are twice the e2m1 value, so a block's dot
+// product is exact in int32; within each half block of 8 the even channels come before the odd ones,
+// which is the order that the low and high nibbles of four packed bytes have.
+struct Activations {
+  int8_t* codes;    // [rows, blocks, 16]
+  float* scale;     // [rows, blocks], block scale / 4
+  int32_t* offset;  // [rows, blocks], -12 * sum of codes: weights enter as value * 2 + 12
+  int64_t blocks;
+};
+
+struct Kernels {
+  const char* name;
+
+  // Row [channels] of dtype to fp32; returns the bits of its largest magnitude (NaN above Inf).
+  int32_t (*load_row)(const void* x, DType dtype, int64_t channels, float* out);
+  // The reverse, rounding to nearest even.
+  void (*store_row)(const float* x, DType dtype, int64_t channels, void* out);
+  // x [blocks * 16] * inverse to codes [blocks * 8] and e4m3 bits [blocks]; what is left over goes
+  // to residual [blocks * 16] unless it is null. `four_over_six` chooses between two scales.
+  void (*quantize_row)(
+      const float* x, float inverse, int64_t blocks, bool four_over_six,
+      uint8_t* qdata, uint8_t* scale, float* residual);
+  // x + y rounded to dtype, as fp32.
+  void (*add_row)(const void* x, const void* y, DType dtype, int64_t channels, float* out);
+  // silu(gate) * up, each step rounded to dtype, as fp32.
+  int32_t (*silu_mul_row)(
+      const void* gate, const void* up, DType dtype, int64_t channels, float* out);
+  // x * inverse_rms rounded to dtype, times weight, rounded to dtype, as fp32.
+  int32_t (*norm_row)(
+      const float* x, const void* weight, DType dtype, float inverse_rms, int64_t channels,
+      float* out);
+
+  // One quantized row [blocks * 8], [blocks] to its row of `Activations`.
+  void (*unpack_activations)(
+      const uint8_t* qdata, const uint8_t* scale, int64_t blocks,
+      int8_t* codes, float* block_scale, int32_t* offset);
+  // 16 rows of the plain layout (row strides in bytes) to one packed panel of `blocks` blocks.
+  void (*pack_panel)(
+      const uint8_t* qdata, const uint8_t* scale, int64_t qdata_stride, int64_t scale_stride,
+      int64_t blocks, uint8_t* panel_codes, uint8_t* panel_scale);
+  // out[m * 16 + n] = sum over blocks j of A[m, j] . panel[n, columns[j]], for `rows` rows of A.
+  void (*dot_panel)(
+      const Activations& a, int64_t first_row, int64_t rows, const uint8_t* panel_codes,
+      const uint8_t* panel_scale, const int32_t* columns, float* out);
+};
+
+}  // namespace arc

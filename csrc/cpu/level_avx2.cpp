@@ -1,0 +1,84 @@
+// AVX2, FMA and F16C: the int8 dot product by vpmaddubsw, 8 rows of a panel at a time.
+#include <immintrin.h>
+
+#include "dot_common.h"
+#include "producer_rows.h"
+
+namespace {
+
+// 8 rows of one block as value * 2 + 12, four vectors in the order of Activations::codes.
+inline void decode_half_panel(const uint8_t* codes, __m256i w[4]) {
+  const __m256i low = _mm256_set1_epi8(0xF);
+  const __m256i table = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+  for (int half = 0; half < 2; ++half) {
+    __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + 64 * half));
+    w[2 * half] = _mm256_shuffle_epi8(table, _mm256_and_si256(packed, low));
+    w[2 * half + 1] =
+        _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(packed, 4), low));
+  }
+}
+
+// Dot products of 8 rows with one block of activations. Sums of 16 stay below 2^15: 16 * 24 * 12.
+inline __m256 dot_block(const __m256i w[4], const int8_t* a, int32_t offset) {
+  __m256i sum = _mm256_setzero_si256();
+  for (int i = 0; i < 4; ++i) {
+    int32_t four;
+    std::memcpy(&four, a + 4 * i, 4);
+    sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(w[i], _mm256_set1_epi32(four)));
+  }
+  __m256i total = _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
+  return _mm256_cvtepi32_ps(_mm256_add_epi32(total, _mm256_set1_epi32(offset)));
+}
+
+template <int Rows>
+void dot_rows(
+    const Activations& a, int64_t first_row, const uint8_t* panel_codes,
+    const uint8_t* panel_scale, const int32_t* columns, float* out) {
+  __m256 acc[Rows][2];
+  for (auto& pair : acc) pair[0] = pair[1] = _mm256_setzero_ps();
+  for (int64_t j = 0; j < a.blocks; ++j) {
+    const uint8_t* codes = panel_codes + columns[j] * kPanelBlockBytes;
+    alignas(64) float scales[kPanel];
+    store(scales, panel_scales(panel_scale + columns[j] * kPanel));
+    for (int part = 0; part < 2; ++part) {
+      __m256i w[4];
+      decode_half_panel(codes + 32 * part, w);
+      const __m256 row_scales = _mm256_load_ps(scales + 8 * part);
+      for (int m = 0; m < Rows; ++m) {
+        const int64_t at = (first_row + m) * a.blocks + j;
+        __m256 dot = dot_block(w, a.codes + at * kLanes, a.offset[at]);
+        __m256 scale = _mm256_mul_ps(row_scales, _mm256_set1_ps(a.scale[at]));
+        acc[m][part] = _mm256_fmadd_ps(dot, scale, acc[m][part]);
+      }
+    }
+  }
+  for (int m = 0; m < Rows; ++m) {
+    _mm256_storeu_ps(out + m * kPanel, acc[m][0]);
+    _mm256_storeu_ps(out + m * kPanel + 8, acc[m][1]);
+  }
+}
+
+void dot_panel(
+    const Activations& a, int64_t first_row, int64_t rows, const uint8_t* panel_codes,
+    const uint8_t* panel_scale, const int32_t* columns, float* out) {
+  using Dot = void (*)(
+      const Activations&, int64_t, const uint8_t*, const uint8_t*, const int32_t*, float*);
+  static constexpr Dot kByRows[] = {dot_rows<1>, dot_rows<2>, dot_rows<3>, dot_rows<4>};
+  for (int64_t m = 0; m < rows; m += 4) {
+    const int64_t count = rows - m < 4 ? rows - m : 4;
+    kByRows[count - 1](
+        a, first_row + m, panel_codes, panel_scale, columns, out + m * kPanel);
+  }
+}
+
+}  // namespace
+
+namespace arc {
+
+extern const Kernels kAVX2;
+const Kernels kAVX2 = {
+    "avx2",   load_row, store_row, quantize_row,       add_row,    silu_mul_row,
+    norm_row, unpack_activations, pack_panel, dot_panel};
+
+}  // namespace arc

@@ -1,0 +1,12 @@
+// The level that every machine has: vector types compiled for the baseline instruction set.
+#include "dot_common.h"
+#include "producer_rows.h"
+
+namespace arc {
+
+extern const Kernels kPortable;
+const Kernels kPortable = {
+    "portable",   load_row, store_row, quantize_row,       add_row,    silu_mul_row,
+    norm_row, unpack_activations, pack_panel, dot_panel_plain};
+
+}  // namespace arc

@@ -1,0 +1,63 @@
+// The operations that produce a quantizer's input, on rows, with the rounding of the unfused chain:
+// every intermediate tensor would be of `dtype`. The meaning is in arc_ao/ops/producers.py.
+#pragma once
+
+#include "quantize_rows.h"
+
+namespace {
+
+// e^x by the Cephes expf reduction and polynomial, clamped to [-87, 88]. Separate multiplications
+// and additions, as in producers.exp, so that the bits agree.
+inline f32x16 exp_lanes(f32x16 x) {
+  constexpr float kLog2E = 1.44269504088896341f, kRound = 12582912.0f;  // 1.5 * 2^23
+  x = x > splat(88.0f) ? splat(88.0f) : x;
+  x = x < splat(-87.0f) ? splat(-87.0f) : x;
+  f32x16 shifted = x * splat(kLog2E) + splat(kRound);
+  f32x16 n = shifted - splat(kRound);
+  f32x16 r = x - n * splat(0.693359375f);
+  r = r - n * splat(-2.12194440e-4f);
+  f32x16 p = splat(1.9875691500e-4f);
+  p = p * r + splat(1.3981999507e-3f);
+  p = p * r + splat(8.3334519073e-3f);
+  p = p * r + splat(4.1665795894e-2f);
+  p = p * r + splat(1.6666665459e-1f);
+  p = p * r + splat(5.0000001201e-1f);
+  f32x16 y = (p * r) * r + r + splat(1.0f);
+  i32x16 power = (bits<i32x16>(shifted) - bits<int32_t>(kRound) + 127) << 23;
+  return y * bits<f32x16>(power);
+}
+
+void add_row(const void* x, const void* y, DType dtype, int64_t channels, float* out) {
+  for (int64_t i = 0; i < channels; i += kLanes) {
+    f32x16 sum = load_any(x, dtype, i, channels) + load_any(y, dtype, i, channels);
+    store(out + i, round_to(sum, dtype));
+  }
+}
+
+int32_t silu_mul_row(
+    const void* gate, const void* up, DType dtype, int64_t channels, float* out) {
+  i32x16 largest = {};
+  for (int64_t i = 0; i < channels; i += kLanes) {
+    f32x16 g = load_any(gate, dtype, i, channels), u = load_any(up, dtype, i, channels);
+    f32x16 silu = round_to(g / (splat(1.0f) + exp_lanes(splat(0.0f) - g)), dtype);
+    f32x16 v = round_to(silu * u, dtype);
+    largest = max(largest, abs_bits(v));
+    store(out + i, v);
+  }
+  return max_of_lanes(largest)[0];
+}
+
+int32_t norm_row(
+    const float* x, const void* weight, DType dtype, float inverse_rms, int64_t channels,
+    float* out) {
+  i32x16 largest = {};
+  for (int64_t i = 0; i < channels; i += kLanes) {
+    f32x16 normed = round_to(load<f32x16>(x + i) * splat(inverse_rms), dtype);
+    f32x16 v = round_to(load_any(weight, dtype, i, channels) * normed, dtype);
+    largest = max(largest, abs_bits(v));
+    store(out + i, v);
+  }
+  return max_of_lanes(largest)[0];
+}
+
+}  // namespace
