@@ -6,6 +6,7 @@ from arc_ao.config import ARCConfig
 from arc_ao.env import env_report
 from arc_ao.eval.report import layer_report as report
 from arc_ao.integrations.huggingface import save_pretrained
+from arc_ao.loading import pack_weights_
 from arc_ao.quantize import quantize_
 from arc_ao.summary import QuantizationSummary
 from arc_ao.tensor import ARCTensor
@@ -16,6 +17,7 @@ __all__ = [
     "QuantizationSummary",
     "calibrate",
     "env_report",
+    "pack_weights_",
     "quantize_",
     "report",
     "save_pretrained",

@@ -1,10 +1,12 @@
-"""Empty ARCTensors of the shapes a checkpoint has, and the configs that describe them."""
+"""Empty ARCTensors to copy a checkpoint into, their configs, and the layout once it is there."""
 
 import torch
 from torch import Tensor, nn
 
 from arc_ao.config import ARCConfig
 from arc_ao.formats.nvfp4 import BLOCK_SIZE
+from arc_ao.ops.backends import preferred_layout
+from arc_ao.summary import arc_tensors
 from arc_ao.tensor import ARCTensor
 
 
@@ -63,3 +65,17 @@ def loading_config(tensor: ARCTensor) -> ARCConfig:
         pad_in_features=tensor.in_features % BLOCK_SIZE > 0,
         step="prepare_for_loading",
     ).resolve()
+
+
+def pack_weights_(model: nn.Module) -> nn.Module:
+    """Put every quantized weight into the layout that its device's kernels prefer, in place.
+
+    `quantize_` and `from_pretrained` do it themselves; call it after `torch.load` or after moving
+    a model to another device. Returns the model.
+    """
+    for name in arc_tensors(model):
+        module = model.get_submodule(name)
+        tensor = module.weight.to_layout(preferred_layout(module.weight.device))
+        if tensor is not module.weight:
+            module.weight = nn.Parameter(tensor, requires_grad=False)
+    return model

@@ -28,6 +28,7 @@ from arc_ao.memory import release_memory
 from arc_ao.methods.plan import analyse_session, make_plans, weight_amax
 from arc_ao.methods.recipe import Trial, search_recipe
 from arc_ao.methods.weights import quantize_weight
+from arc_ao.ops.backends import preferred_layout
 from arc_ao.summary import QuantizationSummary, model_bytes, summarize
 from arc_ao.targets import FilterFn, check_linear, collect_targets, is_ragged
 from arc_ao.tensor import ARCTensor
@@ -257,7 +258,7 @@ def _convert(module: nn.Linear, config: ARCConfig) -> None:
         _plan_unsearched(session, config)
     tensor = quantize_weight(module.weight.detach(), session.plans.pop(observer.name))
     detach(module)
-    _swap_weight(module, tensor)
+    _swap_weight(module, tensor.to_layout(preferred_layout(tensor.device)))
     release_memory()
 
 

@@ -15,6 +15,7 @@ from torchao.utils import TorchAOBaseTensor
 
 from arc_ao.formats import nvfp4
 from arc_ao.ops import nvfp4_gemm, quant_augment
+from arc_ao.ops.layout import LAYOUTS, from_panels, to_panels
 
 aten = torch.ops.aten
 
@@ -36,10 +37,18 @@ class ARCTensor(TorchAOBaseTensor):
         orig_dtype: dtype of the unquantized weight.
         activation_scale: "token", "tensor" or "static".
         four_over_six: whether activations choose between amax/6 and amax/4.
+        weight_layout: of qdata and scale: "plain", as in checkpoints, or "panels", as CPU kernels
+            read them (ops/layout.py). Slicing rows gives "plain"; pickling keeps the layout.
     """
 
     tensor_data_names = ["qdata", "scale", "outer_scale", "act_blocks", "weight_blocks"]
-    tensor_attribute_names = ["in_features", "orig_dtype", "activation_scale", "four_over_six"]
+    tensor_attribute_names = [
+        "in_features",
+        "orig_dtype",
+        "activation_scale",
+        "four_over_six",
+        "weight_layout",
+    ]
     optional_tensor_data_names = ["channel_order", "act_channels", "act_outer_scale"]
 
     @staticmethod
@@ -54,6 +63,7 @@ class ARCTensor(TorchAOBaseTensor):
         orig_dtype: torch.dtype,
         activation_scale: str = "token",
         four_over_six: bool = False,
+        weight_layout: str = "plain",
         channel_order: Tensor | None = None,
         act_channels: Tensor | None = None,
         act_outer_scale: Tensor | None = None,
@@ -74,6 +84,7 @@ class ARCTensor(TorchAOBaseTensor):
         self.orig_dtype = orig_dtype
         self.activation_scale = activation_scale
         self.four_over_six = four_over_six
+        self.weight_layout = weight_layout
         self.channel_order = channel_order
         self.act_channels = act_channels
         self.act_outer_scale = act_outer_scale
@@ -114,9 +125,27 @@ class ARCTensor(TorchAOBaseTensor):
         """Stored bits over N * K."""
         return 8 * self.nbytes_stored / max(1, self.shape[0] * self.in_features)
 
+    def to_layout(self, layout: str) -> "ARCTensor":
+        """The same weight with qdata and scale in another layout; itself if it has that layout.
+
+        Raises:
+            ValueError: an unknown layout.
+        """
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout: expected one of {LAYOUTS}, got {layout!r}")
+        if layout == self.weight_layout:
+            return self
+        convert = to_panels if layout == "panels" else from_panels
+        qdata, scale = convert(self.qdata, self.scale)
+        names, attributes = self.__tensor_flatten__()
+        attributes = attributes | {"weight_layout": layout}
+        tensors = {name: getattr(self, name) for name in names} | {"qdata": qdata, "scale": scale}
+        return ARCTensor.__tensor_unflatten__(tensors, attributes, None, None)
+
     def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:
         """Q(w) plus its stored residual, [N, K] in the original channel order."""
-        values = nvfp4.decode(self.qdata, self.scale) * self.outer_scale
+        plain = self.to_layout("plain")
+        values = nvfp4.decode(plain.qdata, plain.scale) * self.outer_scale
         base = values[:, : self.base_blocks * nvfp4.BLOCK_SIZE].clone()
         if self.weight_blocks.numel():
             residual = values[:, -self.weight_blocks.shape[0] * nvfp4.BLOCK_SIZE :]
@@ -189,6 +218,7 @@ def arc_linear(x: Tensor, weight: ARCTensor, bias: Tensor | None = None) -> Tens
         x.dtype,
         act_blocks=weight.act_blocks,
         base_blocks=weight.base_blocks,
+        b_layout=weight.weight_layout,
     )
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
@@ -205,7 +235,8 @@ def _rebuilt(weight: ARCTensor, fn, dtype: torch.dtype | None = None) -> ARCTens
 
 
 def _with_rows(weight: ARCTensor, fn) -> ARCTensor:
-    """New ARCTensor whose per-row tensors went through `fn`; the rest is shared."""
+    """New plain ARCTensor whose per-row tensors went through `fn`; the rest is shared."""
+    weight = weight.to_layout("plain")
     names, attributes = weight.__tensor_flatten__()
     tensors = {name: getattr(weight, name) for name in names}
     tensors |= {"qdata": fn(weight.qdata), "scale": fn(weight.scale)}
@@ -235,6 +266,7 @@ def _(func, types, args, kwargs):
     dim = args[2] if len(args) > 2 else (kwargs or {}).get("dim", 0)
     if dim % 2 == 1:
         raise ValueError("ARCTensor: split along in_features is not possible; split rows")
+    weight = weight.to_layout("plain")
     parts = zip(func(weight.qdata, size, 0), func(weight.scale, size, 0), strict=True)
     names, attributes = weight.__tensor_flatten__()
     shared = {name: getattr(weight, name) for name in names}
@@ -254,13 +286,40 @@ def _(func, types, args, kwargs):
 @implements([aten._to_copy.default, aten.zeros_like.default])
 def _(func, types, args, kwargs):
     """`.to(device)` moves the stored bytes; `.to(dtype)` keeps them and changes `orig_dtype`.
-    A zero weight keeps its block ids and its channel order."""
+    A zero weight keeps its block ids and its channel order. Panels stay on the CPU."""
     kwargs = kwargs or {}
     plain = {k: v for k, v in kwargs.items() if k in ("device", "non_blocking")}
-    copy = _rebuilt(args[0], lambda t: t.to(**plain, copy=True), kwargs.get("dtype"))
+    leaves = torch.device(kwargs.get("device") or "cpu").type == "cuda"
+    source = args[0].to_layout("plain") if leaves else args[0]
+    copy = _rebuilt(source, lambda t: t.to(**plain, copy=True), kwargs.get("dtype"))
     if func is aten.zeros_like.default:
         return _fill(copy, 0)
     return return_and_correct_aliasing(func, args, kwargs, copy)
+
+
+def _signature(weight: ARCTensor) -> tuple:
+    """What two weights must have in common for one to be copied into the other."""
+    names, attributes = weight.__tensor_flatten__()
+    return attributes, {name: getattr(weight, name).shape for name in names}
+
+
+@implements([aten.copy_.default])
+def _(func, types, args, kwargs):
+    """Bytes of a weight that was quantized alike, into the layout that is here.
+
+    Raises:
+        ValueError: shapes, residual channels or settings that differ.
+    """
+    target, source = args[:2]
+    if isinstance(source, ARCTensor):
+        source = source.to_layout(target.weight_layout)
+    if not isinstance(source, ARCTensor) or _signature(target) != _signature(source):
+        raise ValueError(
+            f"copy_ into {target!r}: expected a weight quantized alike, got {source!r}"
+        )
+    for name in target.__tensor_flatten__()[0]:
+        getattr(target, name).copy_(getattr(source, name))
+    return target
 
 
 @implements([aten.fill_.Scalar])

@@ -17,6 +17,7 @@ import transformers
 from torch import nn
 from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
 from torchao.prototype.safetensors import safetensors_utils
+from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 from torchao.quantization import FqnToConfig
 from transformers import (
     AutoConfig,
@@ -33,7 +34,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
-from arc_ao.loading import loading_config
+from arc_ao.loading import loading_config, pack_weights_
 from arc_ao.summary import SUMMARY, arc_tensors
 from arc_ao.tensor import ARCTensor
 
@@ -78,9 +79,16 @@ class ArcHfQuantizer(TorchAoHfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Forget how the inner tensors were joined: saving takes them apart by itself, and
-        transformers would fail to invert the step."""
+        transformers would fail to invert the step. Then pack the weights for their device."""
         conversions = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [c for c in conversions if not _deserializes(c)]
+        pack_weights_(model)
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict, dict]:
+        """What a checkpoint holds: weights in the plain layout, taken apart for safetensors."""
+        state = model.state_dict()
+        plain = {k: v.to_layout("plain") for k, v in state.items() if isinstance(v, ARCTensor)}
+        return flatten_tensor_state_dict(state | plain)
 
 
 def _deserializes(conversion: Any) -> bool:

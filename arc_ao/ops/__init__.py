@@ -2,6 +2,19 @@
 
 from arc_ao.ops.backends import OPERATORS, backend_report
 from arc_ao.ops.nvfp4_gemm import nvfp4_gemm
+from arc_ao.ops.producers import (
+    add_rms_norm_quant_augment,
+    rms_norm_quant_augment,
+    silu_mul_quant_augment,
+)
 from arc_ao.ops.quant_augment import quant_augment
 
-__all__ = ["OPERATORS", "backend_report", "nvfp4_gemm", "quant_augment"]
+__all__ = [
+    "OPERATORS",
+    "add_rms_norm_quant_augment",
+    "backend_report",
+    "nvfp4_gemm",
+    "quant_augment",
+    "rms_norm_quant_augment",
+    "silu_mul_quant_augment",
+]

@@ -1,5 +1,7 @@
 """Which implementation each operator runs, and why: what `arc-ao env` prints."""
 
+import torch
+
 from arc_ao.ops import native
 
 OPERATORS = (
@@ -9,6 +11,11 @@ OPERATORS = (
     "arc::silu_mul_quant_augment",
     "arc::nvfp4_gemm",
 )
+
+
+def preferred_layout(device: torch.device) -> str:
+    """The weight layout that the kernels of a device read without rearranging it."""
+    return "panels" if device.type == "cpu" and native.load() is not None else "plain"
 
 
 def backend_report() -> dict[str, dict[str, str]]:

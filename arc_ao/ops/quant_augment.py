@@ -87,6 +87,17 @@ def _quant_augment_fake(
     four_over_six=False,
 ):
     check_augmentation(x, outer_scale, scale_mode, act_channels)
+    return augmented_shapes(x, act_blocks, weight_blocks, scale_mode, act_channels)
+
+
+def augmented_shapes(
+    x: Tensor,
+    act_blocks: Tensor,
+    weight_blocks: Tensor,
+    scale_mode: str,
+    act_channels: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty qdata, scale and outer scale for x [*, K]."""
     rows = math.prod(x.shape[:-1])
     blocks = _augmented_blocks(x, act_blocks, weight_blocks, act_channels)
     return (

@@ -14,30 +14,32 @@ using arc::kPanelBlockBytes;
 constexpr u8x16 kTwiceValues = {
     0, 1, 2, 3, 4, 6, 8, 12, 0, 0xFF, 0xFE, 0xFD, 0xFC, 0xFA, 0xF8, 0xF4};
 
-inline i32x16 sum_of_lanes(i32x16 v) {
-  v += __builtin_shuffle(v, i32x16{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
-  v += __builtin_shuffle(v, i32x16{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});
-  v += __builtin_shuffle(v, i32x16{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13});
-  return v + __builtin_shuffle(v, i32x16{1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14});
+// Sum of 16 signed bytes.
+inline int32_t sum_of_bytes(u8x16 v) {
+#if defined(__SSE2__)
+  __m128i sums = _mm_sad_epu8(bits<__m128i>(v ^ 0x80), _mm_setzero_si128());  // of v + 128
+  return _mm_cvtsi128_si32(sums) + _mm_extract_epi16(sums, 4) - 16 * 128;
+#else
+  int32_t sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += int8_t(v[i]);
+  return sum;
+#endif
 }
 
 void unpack_activations(
-    const uint8_t* qdata, const uint8_t* scale, int64_t blocks, int8_t* codes, float* block_scale,
-    int32_t* offset) {
-  typedef int8_t i8x16 __attribute__((vector_size(16)));
-  for (int64_t b = 0; b < blocks; ++b) {
+    const uint8_t* qdata, const uint8_t* scale, const Activations& a, int64_t row) {
+  const u8x16 order = {0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15};
+  int64_t at = a.at(row);
+  for (int64_t b = 0; b < a.blocks; ++b, at += a.group_rows) {
     uint8_t nibbles[16];
     u8x8 packed = load<u8x8>(qdata + b * arc::kBlockBytes);
     store(nibbles, packed & 0xF);
     store(nibbles + 8, packed >> 4);
-    const u8x16 order = {0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15};
     u8x16 index = __builtin_shuffle(load<u8x16>(nibbles), order);
     u8x16 twice = __builtin_shuffle(kTwiceValues, index);
-    store(codes + b * kLanes, twice);
-    offset[b] = -12 * sum_of_lanes(__builtin_convertvector(bits<i8x16>(twice), i32x16))[0];
-  }
-  for (int64_t b = 0; b < blocks; ++b) {
-    block_scale[b] = e4m3_value(i32x16{} + scale[b])[0] * 0.25f;
+    store(a.codes + at * kLanes, twice);
+    a.offset[at] = -12 * sum_of_bytes(twice);
+    a.scale[at] = e4m3_scalar(scale[b]) * 0.25f;
   }
 }
 
@@ -57,14 +59,14 @@ void pack_panel(
 
 // fp32 block scales of the 16 rows of a panel.
 inline f32x16 panel_scales(const uint8_t* bytes) {
-  return e4m3_value(__builtin_convertvector(load<u8x16>(bytes), i32x16));
+  return e4m3_value(widen(load<u8x16>(bytes)));
 }
 
 // One panel against up to any number of rows, block by block in fp32. A block's dot product is an
 // integer below 2^24, so it is exact.
 inline void dot_panel_plain(
-    const Activations& a, int64_t first_row, int64_t rows, const uint8_t* panel_codes,
-    const uint8_t* panel_scale, const int32_t* columns, float* out) {
+    const Activations& a, int64_t rows, const uint8_t* panel_codes, const uint8_t* panel_scale,
+    const int32_t* columns, float* out) {
   for (int64_t m = 0; m < rows; ++m) store(out + m * kPanel, f32x16{});
   for (int64_t j = 0; j < a.blocks; ++j) {
     const uint8_t* codes = panel_codes + columns[j] * kPanelBlockBytes;
@@ -78,7 +80,7 @@ inline void dot_panel_plain(
     }
     f32x16 scales = panel_scales(panel_scale + columns[j] * kPanel) * splat(2.0f);
     for (int64_t m = 0; m < rows; ++m) {
-      const int64_t at = (first_row + m) * a.blocks + j;
+      const int64_t at = a.at(m) + j * a.group_rows;
       f32x16 sum = {};
       for (int k = 0; k < kLanes; ++k) sum += values[k] * splat(a.codes[at * kLanes + k]);
       f32x16 total = load<f32x16>(out + m * kPanel) + sum * (scales * splat(a.scale[at]));

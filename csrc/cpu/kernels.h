@@ -14,15 +14,23 @@ enum class DType { kFloat, kHalf, kBFloat16 };
 
 inline int64_t size_of(DType dtype) { return dtype == DType::kFloat ? 4 : 2; }
 
-// Activations as the dot products read them. Integers are twice the e2m1 value, so a block's dot
-// product is exact in int32; within each half block of 8 the even channels come before the odd ones,
-// which is the order that the low and high nibbles of four packed bytes have.
+// Activations as the dot products read them, in groups of rows that go over the weights together.
+// Integers are twice the e2m1 value, so a block's dot product is exact in int32; within each half
+// block of 8 the even channels come before the odd ones, which is the order that the low and high
+// nibbles of four packed bytes have.
 struct Activations {
-  int8_t* codes;    // [rows, blocks, 16]
-  float* scale;     // [rows, blocks], block scale / 4
-  int32_t* offset;  // [rows, blocks], -12 * sum of codes: weights enter as value * 2 + 12
-  int64_t blocks;
+  int8_t* codes;    // [groups, blocks, group_rows, 16]
+  float* scale;     // [groups, blocks, group_rows], block scale / 4
+  int32_t* offset;  // the same, -12 * sum of codes: weights enter as value * 2 + 12
+  int64_t blocks, group_rows;
+
+  // Where the first block of a row is; the next one is group_rows further.
+  int64_t at(int64_t row) const {
+    return row / group_rows * blocks * group_rows + row % group_rows;
+  }
 };
+
+constexpr int64_t kGroupRows = 8;
 
 struct Kernels {
   const char* name;
@@ -46,18 +54,17 @@ struct Kernels {
       const float* x, const void* weight, DType dtype, float inverse_rms, int64_t channels,
       float* out);
 
-  // One quantized row [blocks * 8], [blocks] to its row of `Activations`.
+  // One quantized row, [blocks * 8] and [blocks], into row `row` of a.
   void (*unpack_activations)(
-      const uint8_t* qdata, const uint8_t* scale, int64_t blocks,
-      int8_t* codes, float* block_scale, int32_t* offset);
+      const uint8_t* qdata, const uint8_t* scale, const Activations& a, int64_t row);
   // 16 rows of the plain layout (row strides in bytes) to one packed panel of `blocks` blocks.
   void (*pack_panel)(
       const uint8_t* qdata, const uint8_t* scale, int64_t qdata_stride, int64_t scale_stride,
       int64_t blocks, uint8_t* panel_codes, uint8_t* panel_scale);
-  // out[m * 16 + n] = sum over blocks j of A[m, j] . panel[n, columns[j]], for `rows` rows of A.
+  // out[m * 16 + n] = sum over blocks j of A[m, j] . panel[n, columns[j]], for the first `rows` rows.
   void (*dot_panel)(
-      const Activations& a, int64_t first_row, int64_t rows, const uint8_t* panel_codes,
-      const uint8_t* panel_scale, const int32_t* columns, float* out);
+      const Activations& a, int64_t rows, const uint8_t* panel_codes, const uint8_t* panel_scale,
+      const int32_t* columns, float* out);
 };
 
 }  // namespace arc

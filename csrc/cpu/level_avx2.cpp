@@ -31,13 +31,15 @@ inline __m256 dot_block(const __m256i w[4], const int8_t* a, int32_t offset) {
   return _mm256_cvtepi32_ps(_mm256_add_epi32(total, _mm256_set1_epi32(offset)));
 }
 
+// `Rows` rows from `row` on, which are of one group.
 template <int Rows>
 void dot_rows(
-    const Activations& a, int64_t first_row, const uint8_t* panel_codes,
-    const uint8_t* panel_scale, const int32_t* columns, float* out) {
+    const Activations& a, int64_t row, const uint8_t* panel_codes, const uint8_t* panel_scale,
+    const int32_t* columns, float* out) {
+  int64_t at = a.at(row);
   __m256 acc[Rows][2];
   for (auto& pair : acc) pair[0] = pair[1] = _mm256_setzero_ps();
-  for (int64_t j = 0; j < a.blocks; ++j) {
+  for (int64_t j = 0; j < a.blocks; ++j, at += a.group_rows) {
     const uint8_t* codes = panel_codes + columns[j] * kPanelBlockBytes;
     alignas(64) float scales[kPanel];
     store(scales, panel_scales(panel_scale + columns[j] * kPanel));
@@ -46,9 +48,8 @@ void dot_rows(
       decode_half_panel(codes + 32 * part, w);
       const __m256 row_scales = _mm256_load_ps(scales + 8 * part);
       for (int m = 0; m < Rows; ++m) {
-        const int64_t at = (first_row + m) * a.blocks + j;
-        __m256 dot = dot_block(w, a.codes + at * kLanes, a.offset[at]);
-        __m256 scale = _mm256_mul_ps(row_scales, _mm256_set1_ps(a.scale[at]));
+        __m256 dot = dot_block(w, a.codes + (at + m) * kLanes, a.offset[at + m]);
+        __m256 scale = _mm256_mul_ps(row_scales, _mm256_set1_ps(a.scale[at + m]));
         acc[m][part] = _mm256_fmadd_ps(dot, scale, acc[m][part]);
       }
     }
@@ -60,15 +61,14 @@ void dot_rows(
 }
 
 void dot_panel(
-    const Activations& a, int64_t first_row, int64_t rows, const uint8_t* panel_codes,
-    const uint8_t* panel_scale, const int32_t* columns, float* out) {
+    const Activations& a, int64_t rows, const uint8_t* panel_codes, const uint8_t* panel_scale,
+    const int32_t* columns, float* out) {
   using Dot = void (*)(
       const Activations&, int64_t, const uint8_t*, const uint8_t*, const int32_t*, float*);
   static constexpr Dot kByRows[] = {dot_rows<1>, dot_rows<2>, dot_rows<3>, dot_rows<4>};
   for (int64_t m = 0; m < rows; m += 4) {
     const int64_t count = rows - m < 4 ? rows - m : 4;
-    kByRows[count - 1](
-        a, first_row + m, panel_codes, panel_scale, columns, out + m * kPanel);
+    kByRows[count - 1](a, m, panel_codes, panel_scale, columns, out + m * kPanel);
   }
 }
 

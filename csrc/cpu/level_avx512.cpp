@@ -6,8 +6,8 @@
 
 namespace {
 
-// Up to this many rows of activations, a panel's weights are unpacked on the fly, each once.
-constexpr int64_t kRowsAtOnce = 8;
+// Bytes that weights are prefetched ahead; 2 KiB and 16 KiB measured up to twice slower from memory.
+constexpr int64_t kAhead = 6144;
 
 struct BlockWeights {
   __m512i quads[4];  // value * 2 + 12, in the order of Activations::codes
@@ -45,37 +45,36 @@ inline __m512 dot_block(const BlockWeights& w, const Activations& a, int64_t at,
   return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, acc);
 }
 
+// `Rows` rows from `row` on, which are of one group.
 template <int Rows>
 void dot_rows(
-    const Activations& a, int64_t first_row, const uint8_t* panel_codes,
-    const uint8_t* panel_scale, const int32_t* columns, float* out) {
+    const Activations& a, int64_t row, const uint8_t* panel_codes, const uint8_t* panel_scale,
+    const int32_t* columns, float* out) {
+  int64_t at = a.at(row);
   __m512 acc[Rows];
   for (auto& row : acc) row = _mm512_setzero_ps();
-  for (int64_t j = 0; j < a.blocks; ++j) {
+  for (int64_t j = 0; j < a.blocks; ++j, at += a.group_rows) {
     const int64_t column = columns[j];
     const uint8_t* codes = panel_codes + column * kPanelBlockBytes;
-    _mm_prefetch(codes + 16 * kPanelBlockBytes, _MM_HINT_T0);
-    _mm_prefetch(codes + 16 * kPanelBlockBytes + 64, _MM_HINT_T0);
+    _mm_prefetch(codes + kAhead, _MM_HINT_T0);
+    _mm_prefetch(codes + kAhead + 64, _MM_HINT_T0);
     const BlockWeights w = unpack_block(codes, panel_scale + column * kPanel);
-    for (int m = 0; m < Rows; ++m) {
-      acc[m] = dot_block(w, a, (first_row + m) * a.blocks + j, acc[m]);
-    }
+    for (int m = 0; m < Rows; ++m) acc[m] = dot_block(w, a, at + m, acc[m]);
   }
   for (int m = 0; m < Rows; ++m) _mm512_storeu_ps(out + m * kPanel, acc[m]);
 }
 
 void dot_panel(
-    const Activations& a, int64_t first_row, int64_t rows, const uint8_t* panel_codes,
-    const uint8_t* panel_scale, const int32_t* columns, float* out) {
+    const Activations& a, int64_t rows, const uint8_t* panel_codes, const uint8_t* panel_scale,
+    const int32_t* columns, float* out) {
   using Dot = void (*)(
       const Activations&, int64_t, const uint8_t*, const uint8_t*, const int32_t*, float*);
-  static constexpr Dot kByRows[kRowsAtOnce] = {
+  static constexpr Dot kByRows[arc::kGroupRows] = {
       dot_rows<1>, dot_rows<2>, dot_rows<3>, dot_rows<4>,
       dot_rows<5>, dot_rows<6>, dot_rows<7>, dot_rows<8>};
-  for (int64_t m = 0; m < rows; m += kRowsAtOnce) {
-    const int64_t count = rows - m < kRowsAtOnce ? rows - m : kRowsAtOnce;
-    kByRows[count - 1](
-        a, first_row + m, panel_codes, panel_scale, columns, out + m * kPanel);
+  for (int64_t m = 0; m < rows; m += arc::kGroupRows) {
+    const int64_t count = rows - m < arc::kGroupRows ? rows - m : arc::kGroupRows;
+    kByRows[count - 1](a, m, panel_codes, panel_scale, columns, out + m * kPanel);
   }
 }
 

@@ -12,12 +12,11 @@ namespace {
 
 // Unpacked activations that one pass over the weights works on; a part of a usual L2 cache.
 constexpr int64_t kActivationBytes = 512 << 10;
-constexpr int64_t kRowMultiple = 8;
 
 int64_t rows_per_pass(const Gemm& g) {
   const int64_t bytes_per_row = std::max<int64_t>(1, g.a_blocks * (kBlock + 8));
-  const int64_t rows = kActivationBytes / bytes_per_row / kRowMultiple * kRowMultiple;
-  return std::max(rows, kRowMultiple);
+  const int64_t rows = kActivationBytes / bytes_per_row / kGroupRows * kGroupRows;
+  return std::max(rows, kGroupRows);
 }
 
 // Column j of A_aug meets block columns[j] of what is stored of the weight.
@@ -100,7 +99,7 @@ void multiply(
     Scratch<float> out(rows * kPanel);
     for (int64_t panel = begin; panel < end; ++panel) {
       reader.seek(panel);
-      kernels().dot_panel(a, 0, rows, reader.codes, reader.scale, columns, out.data());
+      kernels().dot_panel(a, rows, reader.codes, reader.scale, columns, out.data());
       store_panel(g, bias, first_row, rows, panel, out.data());
     }
   });
@@ -111,20 +110,20 @@ void multiply(
 void nvfp4_gemm(const Gemm& g) {
   if (g.rows == 0 || g.cols == 0) return;
   const int64_t pass = std::min(g.rows, rows_per_pass(g));
-  Scratch<int32_t> columns(g.a_blocks), offset(pass * g.a_blocks);
-  Scratch<int8_t> codes(pass * g.a_blocks * kBlock);
-  Scratch<float> scale(pass * g.a_blocks), bias(g.bias ? g.cols + kBlock : 0);
+  const int64_t group = std::min(pass, kGroupRows);
+  const int64_t unpacked = (pass + group - 1) / group * group * g.a_blocks;  // blocks
+  Scratch<int32_t> columns(g.a_blocks), offset(unpacked);
+  Scratch<int8_t> codes(unpacked * kBlock);
+  Scratch<float> scale(unpacked), bias(g.bias ? g.cols + kBlock : 0);
   fill_columns(g, columns.data());
   if (g.bias) kernels().load_row(g.bias, g.bias_dtype, g.cols, bias.data());
-  const Activations a{codes.data(), scale.data(), offset.data(), g.a_blocks};
+  const Activations a{codes.data(), scale.data(), offset.data(), g.a_blocks, group};
   for (int64_t first = 0; first < g.rows; first += pass) {
     const int64_t rows = std::min(pass, g.rows - first);
     parallel_for(rows, 4, [&](int64_t begin, int64_t end) {
       for (int64_t m = begin; m < end; ++m) {
-        const int64_t at = m * g.a_blocks, source = (first + m) * g.a_blocks;
-        kernels().unpack_activations(
-            g.a + source * kBlockBytes, g.a_scale + source, g.a_blocks, a.codes + at * kBlock,
-            a.scale + at, a.offset + at);
+        const int64_t source = (first + m) * g.a_blocks;
+        kernels().unpack_activations(g.a + source * kBlockBytes, g.a_scale + source, a, m);
       }
     });
     multiply(g, a, columns.data(), bias.data(), first, rows);

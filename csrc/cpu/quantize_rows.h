@@ -79,6 +79,10 @@ inline f32x16 e4m3_value(i32x16 code) {
   return code == 0x7F ? splat(__builtin_nanf("")) : v;
 }
 
+inline float e4m3_scalar(uint8_t code) {
+  return code == 0x7F ? __builtin_nanf("") : bits<float>(uint32_t(code) << 20) * 0x1p120f;
+}
+
 // 4-bit codes of v in every lane: nearest, ties to even, saturating at 6; NaN gives 0.
 inline i32x16 e2m1_codes(f32x16 v) {
   i32x16 u = bits<i32x16>(v), magnitude = u & 0x7FFFFFFF;

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -58,6 +58,20 @@ inline i32x16 max_of_lanes(i32x16 v) {
   v = max(v, __builtin_shuffle(v, i32x16{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11}));
   v = max(v, __builtin_shuffle(v, i32x16{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13}));
   return max(v, __builtin_shuffle(v, i32x16{1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14}));
+}
+
+// Bytes to 32-bit lanes. GCC 12 turns __builtin_convertvector into sixteen scalar moves here.
+inline i32x16 widen(u8x16 v) {
+#if defined(__AVX512F__)
+  return bits<i32x16>(_mm512_cvtepu8_epi32(bits<__m128i>(v)));
+#elif defined(__AVX2__)
+  __m128i bytes = bits<__m128i>(v);
+  __m256i halves[2] = {
+      _mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
+  return load<i32x16>(halves);
+#else
+  return __builtin_convertvector(v, i32x16);
+#endif
 }
 
 inline f32x16 from_bf16(u16x16 v) {

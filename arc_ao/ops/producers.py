@@ -1,0 +1,156 @@
+"""arc::rms_norm_quant_augment and its kin: what makes a linear's input, and its quantization.
+
+    rms_norm       round(round(x * rms) * weight)     rms = 1 / sqrt(mean(x^2) + eps)
+    add_rms_norm   the same of round(x + residual), which is returned too
+    silu_mul       round(round(silu(gate)) * up)
+
+followed by `arc::quant_augment`. Rounding is to the dtype of x, where the unfused chain of a model
+in that dtype would store a tensor. The mean is taken in float64, so that no order of summation
+shows in the bits; the exponential is a fixed polynomial, so that every kernel gives the same bits
+(within 1 ulp of fp32 of the true value).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from arc_ao.ops.checks import check
+from arc_ao.ops.quant_augment import (
+    AUGMENTATION,
+    augmented_shapes,
+    check_augmentation,
+    quant_augment_eager,
+)
+from arc_ao.ops.registry import define
+
+ROUND = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer
+# Cephes expf: ln 2 in two parts, and the polynomial for e^r on |r| <= ln(2) / 2.
+LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4
+EXP_POLYNOMIAL = (
+    1.3981999507e-3,
+    8.3334519073e-3,
+    4.1665795894e-2,
+    1.6666665459e-1,
+    5.0000001201e-1,
+)
+EXP_RANGE = (-87.0, 88.0)
+
+
+def exp(x: Tensor) -> Tensor:
+    """e^x of fp32 x, clamped to EXP_RANGE, in single multiplications and additions."""
+    x = x.clamp(*EXP_RANGE)
+    shifted = x * _constant(math.log2(math.e), x) + ROUND
+    n = shifted - ROUND
+    r = x - n * _constant(LN2_HIGH, x)
+    r = r - n * _constant(LN2_LOW, x)
+    p = _constant(1.9875691500e-4, x).expand_as(r)
+    for coefficient in EXP_POLYNOMIAL:
+        p = p * r + _constant(coefficient, x)
+    y = (p * r) * r + r + 1.0
+    power = (shifted.view(torch.int32) - _constant(ROUND, x).view(torch.int32) + 127) << 23
+    return y * power.view(torch.float32)
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, each step rounded to the dtype of gate."""
+    g = gate.float()
+    silu = (g / (exp(0.0 - g) + 1.0)).to(gate.dtype)
+    return (silu.float() * up.float()).to(gate.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x over its root mean square, rounded, times weight [K], rounded to the dtype of x."""
+    values = x.float()
+    mean = values.double().square().mean(-1, keepdim=True).float()
+    # sqrt in float64: that of fp32 is not rounded correctly by every math library behind PyTorch.
+    inverse = (mean + _constant(eps, values)).double().sqrt().float().reciprocal()
+    normed = (values * inverse).to(x.dtype)
+    return (weight.float() * normed.float()).to(x.dtype)
+
+
+def _constant(value: float, like: Tensor) -> Tensor:
+    """fp32 [] on the device of `like`: a Python number would be taken in double by some kernels."""
+    return torch.tensor(value, dtype=torch.float32, device=like.device)
+
+
+def rms_norm_quant_augment_eager(x, weight, eps, *augmentation) -> tuple[Tensor, Tensor, Tensor]:
+    """quant_augment of `rms_norm(x, weight, eps)`.
+
+    Args:
+        x: bf16, fp16 or fp32 [*, K]; weight: [K] of the same dtype; eps: added to the mean square.
+        augmentation: the arguments of `quant_augment` behind x.
+
+    Raises:
+        RuntimeError: a weight of another shape or dtype; what `quant_augment` refuses.
+    """
+    _check_norm(x, weight, "rms_norm_quant_augment")
+    return quant_augment_eager(rms_norm(x, weight, eps), *augmentation)
+
+
+def add_rms_norm_quant_augment_eager(
+    x, residual, weight, eps, *augmentation
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """quant_augment of the norm of `x + residual`, and that sum [*, K] in the dtype of x.
+
+    Args and Raises as in `rms_norm_quant_augment_eager`; residual has the shape and dtype of x.
+    """
+    _check_same(x, residual, "add_rms_norm_quant_augment", "residual")
+    _check_norm(x, weight, "add_rms_norm_quant_augment")
+    total = (x.float() + residual.float()).to(x.dtype)
+    return *quant_augment_eager(rms_norm(total, weight, eps), *augmentation), total
+
+
+def silu_mul_quant_augment_eager(gate, up, *augmentation) -> tuple[Tensor, Tensor, Tensor]:
+    """quant_augment of `silu_mul(gate, up)`, both [*, K] of one dtype.
+
+    Raises:
+        RuntimeError: shapes or dtypes that differ; what `quant_augment` refuses.
+    """
+    _check_same(gate, up, "silu_mul_quant_augment", "up")
+    return quant_augment_eager(silu_mul(gate, up), *augmentation)
+
+
+def _check_same(first: Tensor, other: Tensor, op: str, name: str) -> None:
+    check(
+        first.shape == other.shape and first.dtype == other.dtype,
+        f"{op}: {name} must have the shape and dtype of the first input, {list(first.shape)}, got "
+        f"{list(other.shape)}",
+    )
+
+
+def _check_norm(x: Tensor, weight: Tensor, op: str) -> None:
+    check(
+        weight.shape == x.shape[-1:] and weight.dtype == x.dtype,
+        f"{op}: weight must have shape {list(x.shape[-1:])} and the dtype of x, got "
+        f"{list(weight.shape)}",
+    )
+
+
+def _fake(op: str, x: Tensor, augmentation: tuple) -> tuple[Tensor, Tensor, Tensor]:
+    act_blocks, weight_blocks, outer_scale, scale_mode, *rest = augmentation
+    act_channels = rest[1] if len(rest) > 1 else None
+    check_augmentation(x, outer_scale, scale_mode, act_channels, op)
+    return augmented_shapes(x, act_blocks, weight_blocks, scale_mode, act_channels)
+
+
+rms_norm_quant_augment = define(
+    f"rms_norm_quant_augment(Tensor x, Tensor weight, float eps, {AUGMENTATION}) -> "
+    "(Tensor, Tensor, Tensor)",
+    rms_norm_quant_augment_eager,
+    lambda x, weight, eps, *rest: _fake("rms_norm_quant_augment", x, rest),
+)
+add_rms_norm_quant_augment = define(
+    "add_rms_norm_quant_augment(Tensor x, Tensor residual, Tensor weight, float eps, "
+    f"{AUGMENTATION}) -> (Tensor, Tensor, Tensor, Tensor)",
+    add_rms_norm_quant_augment_eager,
+    lambda x, residual, weight, eps, *rest: (
+        *_fake("add_rms_norm_quant_augment", x, rest),
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+    ),
+)
+silu_mul_quant_augment = define(
+    f"silu_mul_quant_augment(Tensor gate, Tensor up, {AUGMENTATION}) -> (Tensor, Tensor, Tensor)",
+    silu_mul_quant_augment_eager,
+    lambda gate, up, *rest: _fake("silu_mul_quant_augment", gate, rest),
+)
