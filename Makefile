@@ -6,15 +6,19 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 
 VENV := .venv
+NATIVE_SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 # Tests read no network; one thread per worker, so that the workers do not oversubscribe the cores.
 TEST_ENV := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 \
 	TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1
+SANITIZED := build/sanitize/libarc_ao.so
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format clean
+.PHONY: help demo test lint sanitize format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -28,6 +32,13 @@ test: lint  ## style checks, then all tests
 lint: $(VENV)/.stamp-test  ## style checks alone
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Leaks are not looked for: Python's and torch's own would drown ours.
+sanitize: $(VENV)/.stamp-test  ## native kernels with address and undefined-behaviour checks
+	CXXFLAGS="$(SANITIZE)" $(BIN)/python build_native.py $(SANITIZED)
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 ARC_AO_LIBRARY=$(SANITIZED) $(TEST_ENV) \
+		$(BIN)/python -m pytest tests/test_native_cpu.py -q --capture=sys -p no:cacheprovider $(PYTEST_ARGS)
 
 format: $(VENV)/.stamp-test  ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
@@ -50,7 +61,7 @@ $(VENV)/.stamp-torch: constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) torch
 	@touch $@
 
-$(VENV)/.stamp-run: $(VENV)/.stamp-torch pyproject.toml setup.py
+$(VENV)/.stamp-run: $(VENV)/.stamp-torch pyproject.toml setup.py build_native.py $(NATIVE_SOURCES)
 	$(PIP_INSTALL) -e .
 	@touch $@
 

@@ -16,7 +16,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Command
+from setuptools import Command, Distribution
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 
 ROOT = Path(__file__).parent
@@ -133,27 +134,25 @@ class Build(build):
     sub_commands = [*build.sub_commands, ("build_native", None)]
 
 
-def commands() -> dict[str, type]:
-    """setuptools commands of this project."""
-    found = {"build": Build, "build_native": BuildNative}
-    wheel = _platform_wheel()
-    return found | ({"bdist_wheel": wheel} if wheel else {})
+class PlatformWheel(bdist_wheel):
+    """A wheel with the library serves every Python of its platform: py3-none-PLATFORM."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        python, abi, platform = super().get_tag()
+        return ("py3", "none", platform) if compiler() else (python, abi, platform)
 
 
-def _platform_wheel() -> type | None:
-    """bdist_wheel that tags a wheel with the library as py3-none-PLATFORM."""
-    try:
-        from setuptools.command.bdist_wheel import bdist_wheel
-    except ImportError:
-        return None
+class PlatformDistribution(Distribution):
+    def has_ext_modules(self) -> bool:
+        """Whether installed files depend on the platform."""
+        return compiler() is not None
 
-    class PlatformWheel(bdist_wheel):
-        def finalize_options(self) -> None:
-            super().finalize_options()
-            self.root_is_pure = compiler() is None
 
-        def get_tag(self) -> tuple[str, str, str]:
-            python, abi, platform = super().get_tag()
-            return ("py3", "none", platform) if compiler() else (python, abi, platform)
+COMMANDS = {"build": Build, "build_native": BuildNative, "bdist_wheel": PlatformWheel}
 
-    return PlatformWheel
+
+if __name__ == "__main__":  # python build_native.py TARGET: the library alone, to any place
+    if (found := compiler()) is None:
+        sys.exit("no C++ compiler")
+    target = Path(sys.argv[1]).resolve()
+    build_library(found, target, target.parent / "objects")

@@ -7,6 +7,6 @@ from setuptools import setup
 
 sys.path.insert(0, str(Path(__file__).parent))  # not on the path in pip's isolation
 
-from build_native import commands  # noqa: E402
+from build_native import COMMANDS, PlatformDistribution  # noqa: E402
 
-setup(cmdclass=commands())
+setup(cmdclass=COMMANDS, distclass=PlatformDistribution)

@@ -1,7 +1,8 @@
 """The native operator library: loaded once, its CPU level read and capped.
 
 ARC_AO_CPU_LEVEL=eager leaves the library alone (every operator runs its eager meaning);
-portable, avx2 or avx512 caps the instruction sets that its kernels use.
+portable, avx2 or avx512 caps the instruction sets that its kernels use. ARC_AO_LIBRARY=PATH loads
+another build of the library, such as one with sanitizers.
 """
 
 import ctypes
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-LIBRARY = Path(__file__).parent.parent / "libarc_ao.so"
+LIBRARY = Path(os.environ.get("ARC_AO_LIBRARY") or Path(__file__).parent.parent / "libarc_ao.so")
 LEVEL_VARIABLE = "ARC_AO_CPU_LEVEL"
 LEVELS = ("portable", "avx2", "avx512")  # from least to most; each includes those before it
 

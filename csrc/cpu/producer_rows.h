@@ -23,7 +23,7 @@ inline f32x16 exp_lanes(f32x16 x) {
   p = p * r + splat(1.6666665459e-1f);
   p = p * r + splat(5.0000001201e-1f);
   f32x16 y = (p * r) * r + r + splat(1.0f);
-  i32x16 power = (bits<i32x16>(shifted) - bits<int32_t>(kRound) + 127) << 23;
+  u32x16 power = (bits<u32x16>(shifted) - bits<uint32_t>(kRound) + 127) << 23;
   return y * bits<f32x16>(power);
 }
 

@@ -65,12 +65,12 @@ inline i32x16 e4m3_bits(f32x16 v) {
   i32x16 finite = abs_bits(v) < kInfBits;
   v = v < splat(0x1p-9f) ? splat(0x1p-9f) : v;
   v = v > splat(448.0f) ? splat(448.0f) : v;
-  i32x16 u = bits<i32x16>(v);
-  i32x16 normal = ((u + 0x7FFFF + ((u >> 20) & 1)) >> 20) - (120 << 3);
+  u32x16 u = bits<u32x16>(v);
+  u32x16 normal = ((u + 0x7FFFF + ((u >> 20) & 1)) >> 20) - (120 << 3);
   // Below 2^-6 the unit of the last place is 2^-9: that of v + 2^14.
-  i32x16 subnormal = bits<i32x16>(v + splat(0x1p14f)) - bits<int32_t>(0x1p14f);
-  i32x16 code = u < bits<int32_t>(0x1p-6f) ? subnormal : normal;
-  return finite ? code : i32x16{} + 0x7F;
+  u32x16 subnormal = bits<u32x16>(v + splat(0x1p14f)) - bits<uint32_t>(0x1p14f);
+  u32x16 code = u < bits<uint32_t>(0x1p-6f) ? subnormal : normal;
+  return finite ? bits<i32x16>(code) : i32x16{} + 0x7F;
 }
 
 // fp32 value of e4m3 bits 0..0x7e; 0x7f gives NaN.
@@ -104,7 +104,7 @@ inline f32x16 e2m1_values(i32x16 code) {
   i32x16 normal = (index << 22) + (126 << 23);
   f32x16 small = bits<f32x16>((index & 1) * bits<int32_t>(0.5f));
   f32x16 magnitude = index < 2 ? small : bits<f32x16>(normal);
-  return bits<f32x16>(bits<i32x16>(magnitude) | ((code & 8) << 28));
+  return bits<f32x16>(bits<u32x16>(magnitude) | (bits<u32x16>(code & 8) << 28));
 }
 
 // Two codes a byte, element 2i in the low nibble.
