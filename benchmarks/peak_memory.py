@@ -3,9 +3,10 @@
     python benchmarks/peak_memory.py                    # Llama of about 1 GB, recipe "balanced"
     python benchmarks/peak_memory.py --recipe auto      # with the search, which takes longer
 
-A fresh process builds a random-weight Llama in bf16, runs it once on the calibration batch, then
-quantizes it. Resident memory is read from /proc (Linux), its high-water mark reset before each
-step; where the kernel does not allow that, a thread samples it.
+A fresh process quantizes a tiny model, which loads all code, builds a random-weight Llama in bf16,
+runs it once on the calibration batch, then quantizes it. Resident memory is read from /proc
+(Linux), its high-water mark reset before each step; where the kernel does not allow that, a thread
+samples it.
 
     activations = peak of the plain forward - rest          rest: RSS with the model built
     bound       = rest + bytes of one decoder layer + activations
@@ -38,6 +39,7 @@ STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 SAMPLE_SECONDS = 0.002
 MIB = 2**20
+VOCABULARY = 4096
 
 
 def resident_bytes(field: str = "VmRSS") -> int:
@@ -84,17 +86,22 @@ def _sampled_peak(run: Callable[[], Any]) -> int:
     return max(seen[0], resident_bytes())
 
 
-def build_model(args: argparse.Namespace) -> PreTrainedModel:
+def build_model(hidden: int, intermediate: int, layers: int) -> PreTrainedModel:
     """Random weights; a small vocabulary keeps the logits from counting."""
     config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=args.hidden,
-        intermediate_size=args.intermediate,
-        num_hidden_layers=args.layers,
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
         num_attention_heads=16,
         num_key_value_heads=4,
     )
     return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+def quantize(model: PreTrainedModel, ids: torch.Tensor, args: argparse.Namespace) -> None:
+    config = ARCConfig(budget=args.budget, recipe=args.recipe)
+    quantize_(model, config, calibration_data=[ids], progress=sys.stderr.isatty())
 
 
 def bytes_of(module: torch.nn.Module) -> int:
@@ -105,24 +112,23 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Build, run, quantize in this process; all figures in bytes."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    model = build_model(args)
-    ids = torch.randint(4096, (1, args.tokens))
+    ids = torch.randint(VOCABULARY, (1, args.tokens))
+    # Threads start and libraries are read here, not in the figures: resident memory counts the
+    # pages of code that ran, too.
+    quantize(build_model(256, 512, layers=1), ids, args)
+    model = build_model(args.hidden, args.intermediate, args.layers)
     model_bytes, layer_bytes = bytes_of(model), bytes_of(model.model.layers[0])
 
     def forward() -> None:
         with torch.no_grad():
             model(ids, use_cache=False)
 
-    def quantize() -> None:
-        config = ARCConfig(budget=args.budget, recipe=args.recipe)
-        quantize_(model, config, calibration_data=[ids], progress=sys.stderr.isatty())
-
-    forward()  # threads and libraries start here, not in the figures
+    forward()
     before_forward = settle()
     activations = peak_of(forward) - before_forward
     rest = settle()
     start = time.perf_counter()
-    peak = peak_of(quantize)
+    peak = peak_of(lambda: quantize(model, ids, args))
     bound = rest + layer_bytes + activations
     return {
         "model_bytes": model_bytes,
