@@ -1,0 +1,19 @@
+// nvfp4_gemm for many rows, on a level with tile registers.
+#pragma once
+
+#include "nvfp4_gemm.h"
+
+namespace arc {
+
+// From how many rows on. Below, decoding the weights to bf16 costs more than the dot products do:
+// about 0.2 cycles a weight, and then 0.1 for a strip of 32 rows, against 0.016 a row.
+#ifdef ARC_AO_EMULATE_AMX
+constexpr int64_t kPrefillRows = 1;  // tests reach every number of rows
+#else
+constexpr int64_t kPrefillRows = 32;
+#endif
+
+// columns [a_blocks]: the block of b that each block of a meets; bias [cols] or null.
+void prefill(const TileKernels& tiles, const Gemm& g, const int32_t* columns, const float* bias);
+
+}  // namespace arc
