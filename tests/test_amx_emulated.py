@@ -53,7 +53,7 @@ def test_gemm_with_emulated_tiles(library):
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_native_cpu.py"]
     output = python(*command, "-k", GEMM_TESTS, ARC_AO_LIBRARY=library)
     passed = re.search(r"(\d+) passed", output)
-    assert passed and int(passed[1]) > 90 and "skipped" not in output, output
+    assert passed and int(passed[1]) > 50 and "skipped" not in output, output
 
 
 def test_a_library_that_is_not_there_is_named(tmp_path):

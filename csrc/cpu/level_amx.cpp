@@ -154,14 +154,11 @@ void multiply(const TileProduct& p) {
   else multiply_as<true>(p);
 }
 
-// The first `count` lanes, rounded to dtype.
-inline void store_lanes(f32x16 v, DType dtype, int64_t count, char* target) {
-  const int64_t bytes = count * arc::size_of(dtype);
-  alignas(64) char lanes[64];
-  if (dtype == DType::kFloat) store(lanes, v);
-  else if (dtype == DType::kBFloat16) store(lanes, to_bf16(v));
-  else store(lanes, to_half(v));
-  std::memcpy(target, lanes, bytes);
+// Rounded to dtype.
+inline void store_as(f32x16 v, DType dtype, char* target) {
+  if (dtype == DType::kFloat) store(target, v);
+  else if (dtype == DType::kBFloat16) store(target, to_bf16(v));
+  else store(target, to_half(v));
 }
 
 void store_strip(const float* c, const TileOutput& out) {
@@ -174,8 +171,13 @@ void store_strip(const float* c, const TileOutput& out) {
       f32x16 v = load<f32x16>(row + tile / 2 * kBlockFloats + tile % 2 * kTileFloats);
       v = v * splat(out.a_outer[m]) * splat(out.b_outer);
       if (out.bias) v = v + load<f32x16>(out.bias + n);
-      if (count == kLanes && out.y_dtype == DType::kBFloat16) store(target + n * size, to_bf16(v));
-      else store_lanes(v, out.y_dtype, count, target + n * size);
+      if (count == kLanes) {
+        store_as(v, out.y_dtype, target + n * size);
+      } else {
+        alignas(64) char lanes[64];
+        store_as(v, out.y_dtype, lanes);
+        std::memcpy(target + n * size, lanes, count * size);
+      }
     }
   }
 }

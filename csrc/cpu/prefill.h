@@ -5,12 +5,13 @@
 
 namespace arc {
 
-// From how many rows on. Below, decoding the weights to bf16 costs more than the dot products do:
-// about 0.2 cycles a weight, and then 0.1 for a strip of 32 rows, against 0.016 a row.
+// From how many rows on. Below, decoding the weights to bf16 costs more than the dot products do: by
+// their measured parts about 0.28 cycles a weight and then 0.1 for a strip of 32 rows, against 0.026
+// for each row. On either side of it fp32 sums run in another order, so a row's bits differ.
 #ifdef ARC_AO_EMULATE_AMX
 constexpr int64_t kPrefillRows = 1;  // tests reach every number of rows
 #else
-constexpr int64_t kPrefillRows = 32;
+constexpr int64_t kPrefillRows = 24;
 #endif
 
 // columns [a_blocks]: the block of b that each block of a meets; bias [cols] or null.
