@@ -31,11 +31,14 @@ FLAGS = (
 ).split()
 AVX2 = "-mavx2 -mfma -mf16c".split()
 AVX512 = [*AVX2, *"-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni".split()]
-LEVELS = {"portable": [], "avx2": AVX2, "avx512": AVX512}  # level_NAME.cpp: its flags
+AMX = [*AVX512, *"-mamx-tile -mamx-bf16".split()]
+# level_NAME.cpp: its flags
+LEVELS = {"portable": [], "avx2": AVX2, "avx512": AVX512, "amx": AMX}
 COMMON = [
     "register_operators.cpp",
     "cpu/dispatch.cpp",
     "cpu/nvfp4_gemm.cpp",
+    "cpu/prefill.cpp",
     "cpu/quant_augment.cpp",
 ]
 

@@ -225,6 +225,50 @@ def test_gemm_of_any_k(level, blocks):
     assert_close_enough(y, exact, absolute, equal=0.99 if blocks == 1 else 0.999)
 
 
+def test_gemm_of_every_number_of_rows(level):
+    """Tiles of 16 rows, strips of 32 and groups of 8, each with every remainder."""
+    x = torch.randn(130, 80, generator=generator(17)).bfloat16()
+    a = quant_augment(x, *arguments())
+    b = (*weight_operand(49, 5, 18), torch.tensor([1e-3]))
+    exact, absolute = exact_product(a, b, list(range(5)), None)
+    for rows in range(1, 131):
+        first = [t[:rows] for t in a]
+        y = nvfp4_gemm(*first, *b, None, torch.float32)
+        assert_close_enough(y, exact[:rows], absolute[:rows])
+
+
+BLOCKED_SHAPES = {  # rows, columns, blocks: what is cut for caches and threads
+    "two passes over the rows": (2049, 40, 17),
+    "columns in parts and K in slabs": (70, 1130, 131),
+    "rows and columns in parts": (1040, 600, 33),
+    "whole multiples of everything": (1024, 512, 64),
+}
+
+
+@pytest.mark.parametrize("layout", ["plain", "panels"])
+@pytest.mark.parametrize("shape", BLOCKED_SHAPES)
+def test_gemm_of_blocked_shapes(level, shape, layout):
+    """Right, and the same bits with one thread and with four."""
+    rows, cols, base = BLOCKED_SHAPES[shape]
+    act = torch.randint(0, base, (7,), generator=generator(19), dtype=torch.int32)
+    x = torch.randn(rows, 16 * base, generator=generator(20)).bfloat16()
+    a = quant_augment(x, *arguments(act_blocks=act))
+    b = (*weight_operand(cols, base, 21), torch.tensor([1e-3]))
+    stored = (*(to_panels(*b[:2]) if layout == "panels" else b[:2]), b[2])
+    bias = torch.randn(cols, generator=generator(22))
+    exact, absolute = exact_product(a, b, [*range(base), *act.tolist()], bias)
+    before = torch.get_num_threads()
+    try:
+        products = []
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            products.append(nvfp4_gemm(*a, *stored, bias, torch.bfloat16, act, base, layout))
+    finally:
+        torch.set_num_threads(before)
+    assert_close_enough(products[0], exact, absolute)
+    assert torch.equal(*products)
+
+
 def test_layouts_give_the_same_bits(level):
     a = quant_augment(torch.randn(11, 64, generator=generator(8)), *arguments())
     b = weight_operand(40, 4, 9)

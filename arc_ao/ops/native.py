@@ -1,8 +1,8 @@
 """The native operator library: loaded once, its CPU level read and capped.
 
 ARC_AO_CPU_LEVEL=eager leaves the library alone (every operator runs its eager meaning);
-portable, avx2 or avx512 caps the instruction sets that its kernels use. ARC_AO_LIBRARY=PATH loads
-another build of the library, such as one with sanitizers.
+portable, avx2, avx512 or amx caps the instruction sets that its kernels use.
+ARC_AO_LIBRARY=PATH loads another build of the library, such as one with sanitizers.
 """
 
 import ctypes
@@ -14,9 +14,12 @@ from pathlib import Path
 
 import torch
 
-LIBRARY = Path(os.environ.get("ARC_AO_LIBRARY") or Path(__file__).parent.parent / "libarc_ao.so")
+LIBRARY_VARIABLE = "ARC_AO_LIBRARY"
+LIBRARY = Path(
+    os.environ.get(LIBRARY_VARIABLE) or Path(__file__).parent.parent / "libarc_ao.so"
+).absolute()
 LEVEL_VARIABLE = "ARC_AO_CPU_LEVEL"
-LEVELS = ("portable", "avx2", "avx512")  # from least to most; each includes those before it
+LEVELS = ("portable", "avx2", "avx512", "amx")  # from least to most; each includes those before it
 
 
 def reason_absent() -> str | None:
@@ -27,6 +30,8 @@ def reason_absent() -> str | None:
     if level and level not in LEVELS:
         raise ValueError(f"{LEVEL_VARIABLE}: expected one of {('eager', *LEVELS)}, got {level!r}")
     if not LIBRARY.exists():
+        if os.environ.get(LIBRARY_VARIABLE):
+            raise ValueError(f"{LIBRARY_VARIABLE}: there is no file {LIBRARY}")
         return "the package was built without a C++ compiler; install g++ and arc_ao again"
     return None
 

@@ -6,6 +6,12 @@
 #include <cstring>
 #include <string>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace arc {
 
 extern const Kernels kPortable;
@@ -14,6 +20,10 @@ extern const Kernels kAVX2;
 #endif
 #ifdef ARC_AO_AVX512
 extern const Kernels kAVX512;
+#endif
+#if defined(ARC_AO_AMX) && defined(ARC_AO_AVX512)
+#define ARC_AO_TILES
+extern const TileKernels kAMXTiles;
 #endif
 
 namespace {
@@ -39,6 +49,35 @@ bool has_avx2() { return false; }
 bool has_avx512() { return false; }
 #endif
 
+#if defined(ARC_AO_EMULATE_AMX)
+bool has_amx() { return has_avx512(); }
+#elif defined(__x86_64__) && defined(__linux__)
+// Linux gives a process the tile registers when it asks for them, once.
+bool tiles_permitted() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+}
+bool has_amx() {
+  constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;
+  unsigned eax, ebx, ecx, edx;
+  if (!has_avx512() || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  return (edx & kBFloat16) && (edx & kTiles) && tiles_permitted();
+}
+#else
+bool has_amx() { return false; }
+#endif
+
+#ifdef ARC_AO_TILES
+// AVX-512 for few rows, tiles for many.
+const Kernels kAMX = [] {
+  Kernels kernels = kAVX512;
+  kernels.name = "amx";
+  kernels.tiles = &kAMXTiles;
+  return kernels;
+}();
+#endif
+
 const Level kLevels[] = {
     {"portable", [] { return true; }, &kPortable},
 #ifdef ARC_AO_AVX2
@@ -50,6 +89,11 @@ const Level kLevels[] = {
     {"avx512", has_avx512, &kAVX512},
 #else
     {"avx512", has_avx512, nullptr},
+#endif
+#ifdef ARC_AO_TILES
+    {"amx", has_amx, &kAMX},
+#else
+    {"amx", has_amx, nullptr},
 #endif
 };
 
@@ -66,7 +110,9 @@ const Kernels* at_start() {
   const char* cap = std::getenv("ARC_AO_CPU_LEVEL");
   const Kernels* found = best_up_to(cap && *cap ? cap : nullptr);
   if (found) return found;
-  std::fprintf(stderr, "arc_ao: ARC_AO_CPU_LEVEL=%s is no level; expected portable, avx2 or avx512\n", cap);
+  std::fprintf(
+      stderr, "arc_ao: ARC_AO_CPU_LEVEL=%s is no level; expected portable, avx2, avx512 or amx\n",
+      cap);
   return best_up_to(nullptr);
 }
 

@@ -57,11 +57,6 @@ void pack_panel(
   }
 }
 
-// fp32 block scales of the 16 rows of a panel.
-inline f32x16 panel_scales(const uint8_t* bytes) {
-  return e4m3_value(widen(load<u8x16>(bytes)));
-}
-
 // One panel against up to any number of rows, block by block in fp32. A block's dot product is an
 // integer below 2^24, so it is exact.
 inline void dot_panel_plain(

@@ -32,6 +32,56 @@ struct Activations {
 
 constexpr int64_t kGroupRows = 8;
 
+// Operands of a matrix unit with tile registers: runs of tiles of 16 rows of 64 bytes. A strip is 32
+// rows of A, or of W, that is two tiles for each step of 32 channels: [steps, 2, 512] of bf16. A tile
+// of A holds [16 rows, 32 channels], one of W [16 pairs of channels, 16 rows, 2]. Of C, a tile holds
+// [16 rows, 16 columns] in fp32, and a strip of A with a strip of W gives [2, 2] of them.
+constexpr int64_t kTileRows = 16;
+constexpr int64_t kStripRows = 2 * kTileRows;
+constexpr int64_t kStepChannels = 32;
+constexpr int64_t kTileHalves = kTileRows * kStepChannels;  // bf16 numbers of a tile of A or W
+constexpr int64_t kStepHalves = 2 * kTileHalves;
+constexpr int64_t kTileFloats = kTileRows * kTileRows;
+constexpr int64_t kBlockFloats = 4 * kTileFloats;  // C of two strips
+constexpr int64_t kNextBytes = 128;
+
+// One strip of A times `w_strips` strips of W that follow one another, over `steps` steps.
+struct TileProduct {
+  const uint16_t* a;  // [steps, 2, 512]
+  const uint16_t* w;  // [w_strips, steps, 2, 512]
+  float* c;           // [w_strips, 2, 2, 256]
+  int64_t steps, w_strips;
+  bool upper_only;  // the second tile of A holds no rows: its half of C is left as it is
+  bool add;         // to c, which is overwritten otherwise
+  const void *next_a, *next_c;  // needed soon: fetched into L2, kNextBytes of each for a step
+};
+
+// Where a strip's C goes: y = c * a_outer[m] * b_outer + bias[n].
+struct TileOutput {
+  int64_t rows, cols;  // of them
+  const float* a_outer;
+  float b_outer;
+  const float* bias;  // whole vectors of 16, or null
+  void* y;
+  DType y_dtype;
+  int64_t y_stride;  // bytes from row to row
+};
+
+// What a level with tile registers adds, for many rows of activations.
+struct TileKernels {
+  void (*configure)();  // by each thread before it multiplies
+  void (*release)();
+  // Quantized row, [blocks * 8] and [blocks], to row `row` of a strip; a missing last block is zeros.
+  void (*decode_row)(
+      const uint8_t* qdata, const uint8_t* scale, int64_t blocks, int64_t row, uint16_t* strip);
+  // Blocks columns[0 .. blocks) of a packed panel to tiles, kStepHalves apart; the same of the last.
+  void (*decode_panel)(
+      const uint8_t* panel_codes, const uint8_t* panel_scale, const int32_t* columns,
+      int64_t blocks, uint16_t* tiles);
+  void (*multiply)(const TileProduct& product);
+  void (*store_strip)(const float* c, const TileOutput& out);
+};
+
 struct Kernels {
   const char* name;
 
@@ -65,6 +115,8 @@ struct Kernels {
   void (*dot_panel)(
       const Activations& a, int64_t rows, const uint8_t* panel_codes, const uint8_t* panel_scale,
       const int32_t* columns, float* out);
+
+  const TileKernels* tiles = nullptr;  // null where there are no tile registers
 };
 
 }  // namespace arc

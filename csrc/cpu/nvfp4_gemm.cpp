@@ -1,10 +1,11 @@
 #include "nvfp4_gemm.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "dispatch.h"
+#include "panel_reader.h"
 #include "parallel.h"
+#include "prefill.h"
 #include "scratch.h"
 
 namespace arc {
@@ -28,53 +29,6 @@ void fill_columns(const Gemm& g, int32_t* columns) {
   for (int64_t i = base; i < g.b_blocks; ++i) columns[j++] = int32_t(i);
 }
 
-// 16 rows of the weight as one packed panel: in place where the weight is stored so.
-class PanelReader {
- public:
-  explicit PanelReader(const Gemm& g)
-      : g_(g),
-        codes_(g.b_in_panels && g.cols % kPanel == 0 ? 0 : g.b_blocks * kPanelBlockBytes),
-        scale_(codes_.size() ? g.b_blocks * kPanel : 0) {}
-
-  void seek(int64_t panel) {
-    const int64_t row = panel * kPanel, stride = g_.b_blocks * kBlockBytes;
-    codes = g_.b + row * stride;
-    scale = g_.b_scale + row * g_.b_blocks;
-    const bool whole = row + kPanel <= g_.cols;
-    if (whole && g_.b_in_panels) return;  // the rows behind the last whole panel are stored plain
-    if (whole) {
-      kernels().pack_panel(
-          codes, scale, stride, g_.b_blocks, g_.b_blocks, codes_.data(), scale_.data());
-    } else {
-      pack_last(row, stride);
-    }
-    codes = codes_.data();
-    scale = scale_.data();
-  }
-
-  const uint8_t* codes = nullptr;
-  const uint8_t* scale = nullptr;
-
- private:
-  // Fewer than 16 rows: the missing ones repeat the last, and their results are not stored.
-  void pack_last(int64_t row, int64_t stride) {
-    for (int64_t n = 0; n < kPanel; ++n) {
-      const int64_t source = std::min(row + n, g_.cols - 1);
-      const uint8_t* q = g_.b + source * stride;
-      const uint8_t* s = g_.b_scale + source * g_.b_blocks;
-      for (int64_t b = 0; b < g_.b_blocks; ++b) {
-        uint8_t* target = codes_.data() + b * kPanelBlockBytes + n * 4;
-        std::memcpy(target, q + b * kBlockBytes, 4);
-        std::memcpy(target + 64, q + b * kBlockBytes + 4, 4);
-        scale_.data()[b * kPanel + n] = s[b];
-      }
-    }
-  }
-
-  const Gemm& g_;
-  Scratch<uint8_t> codes_, scale_;
-};
-
 // Scales, adds the bias to and stores the products of `rows` rows with one panel.
 void store_panel(
     const Gemm& g, const float* bias, int64_t first_row, int64_t rows, int64_t panel, float* out) {
@@ -95,28 +49,24 @@ void multiply(
     int64_t first_row, int64_t rows) {
   const int64_t panels = (g.cols + kPanel - 1) / kPanel;
   parallel_for(panels, 1, [&](int64_t begin, int64_t end) {
-    PanelReader reader(g);
+    PanelReader reader(g, a.blocks);
     Scratch<float> out(rows * kPanel);
     for (int64_t panel = begin; panel < end; ++panel) {
-      reader.seek(panel);
-      kernels().dot_panel(a, rows, reader.codes, reader.scale, columns, out.data());
+      reader.seek(panel, columns, a.blocks);
+      kernels().dot_panel(a, rows, reader.codes, reader.scale, reader.columns, out.data());
       store_panel(g, bias, first_row, rows, panel, out.data());
     }
   });
 }
 
-}  // namespace
-
-void nvfp4_gemm(const Gemm& g) {
-  if (g.rows == 0 || g.cols == 0) return;
+// By dot products over packed panels, for few rows and for levels without tile registers.
+void multiply_by_dots(const Gemm& g, const int32_t* columns, const float* bias) {
   const int64_t pass = std::min(g.rows, rows_per_pass(g));
   const int64_t group = std::min(pass, kGroupRows);
   const int64_t unpacked = (pass + group - 1) / group * group * g.a_blocks;  // blocks
-  Scratch<int32_t> columns(g.a_blocks), offset(unpacked);
+  Scratch<int32_t> offset(unpacked);
   Scratch<int8_t> codes(unpacked * kBlock);
-  Scratch<float> scale(unpacked), bias(g.bias ? g.cols + kBlock : 0);
-  fill_columns(g, columns.data());
-  if (g.bias) kernels().load_row(g.bias, g.bias_dtype, g.cols, bias.data());
+  Scratch<float> scale(unpacked);
   const Activations a{codes.data(), scale.data(), offset.data(), g.a_blocks, group};
   for (int64_t first = 0; first < g.rows; first += pass) {
     const int64_t rows = std::min(pass, g.rows - first);
@@ -126,7 +76,23 @@ void nvfp4_gemm(const Gemm& g) {
         kernels().unpack_activations(g.a + source * kBlockBytes, g.a_scale + source, a, m);
       }
     });
-    multiply(g, a, columns.data(), bias.data(), first, rows);
+    multiply(g, a, columns, bias, first, rows);
+  }
+}
+
+}  // namespace
+
+void nvfp4_gemm(const Gemm& g) {
+  if (g.rows == 0 || g.cols == 0) return;
+  Scratch<int32_t> columns(g.a_blocks);
+  Scratch<float> bias(g.bias ? g.cols + kBlock : 0);
+  fill_columns(g, columns.data());
+  if (g.bias) kernels().load_row(g.bias, g.bias_dtype, g.cols, bias.data());
+  const TileKernels* tiles = kernels().tiles;
+  if (tiles && g.a_blocks > 0 && g.rows >= kPrefillRows) {
+    prefill(*tiles, g, columns.data(), bias.data());
+  } else {
+    multiply_by_dots(g, columns.data(), bias.data());
   }
 }
 

@@ -3,6 +3,7 @@
 // (-ffp-contract=off), so that every level gives the same bits.
 #pragma once
 
+#include "e4m3.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -71,16 +72,6 @@ inline i32x16 e4m3_bits(f32x16 v) {
   u32x16 subnormal = bits<u32x16>(v + splat(0x1p14f)) - bits<uint32_t>(0x1p14f);
   u32x16 code = u < bits<uint32_t>(0x1p-6f) ? subnormal : normal;
   return finite ? bits<i32x16>(code) : i32x16{} + 0x7F;
-}
-
-// fp32 value of e4m3 bits 0..0x7e; 0x7f gives NaN.
-inline f32x16 e4m3_value(i32x16 code) {
-  f32x16 v = bits<f32x16>(code << 20) * splat(0x1p120f);
-  return code == 0x7F ? splat(__builtin_nanf("")) : v;
-}
-
-inline float e4m3_scalar(uint8_t code) {
-  return code == 0x7F ? __builtin_nanf("") : bits<float>(uint32_t(code) << 20) * 0x1p120f;
 }
 
 // 4-bit codes of v in every lane: nearest, ties to even, saturating at 6; NaN gives 0.

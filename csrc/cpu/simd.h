@@ -113,10 +113,19 @@ inline f32x16 from_half(u16x16 v) {
 #endif
 }
 
+// NaN gives 0x7e00 with its sign.
 inline u16x16 to_half(f32x16 v) {
+#if defined(__AVX512F__)
+  __m512 x = bits<__m512>(v);
+  __m512i quiet = bits<__m512i>((bits<i32x16>(v) & INT32_MIN) | 0x7FC00000);
+  __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  x = _mm512_mask_mov_ps(x, nan, _mm512_castsi512_ps(quiet));
+  return bits<u16x16>(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
   u16x16 out;
   for (int i = 0; i < kLanes; ++i) out[i] = float_to_half(v[i]);
   return out;
+#endif
 }
 
 // Nearest, ties to even; NaN gives the canonical 0x7fc0, as in PyTorch.
