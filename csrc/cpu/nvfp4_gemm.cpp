@@ -1,7 +1,9 @@
 #include "nvfp4_gemm.h"
 
 #include <algorithm>
+#include <deque>
 
+#include "blocking.h"
 #include "dispatch.h"
 #include "panel_reader.h"
 #include "parallel.h"
@@ -11,10 +13,12 @@
 namespace arc {
 namespace {
 
-// Unpacked activations that one pass over the weights works on; a part of a usual L2 cache.
+// Unpacked activations that stay in L2 while a group of panels passes by.
 constexpr int64_t kActivationBytes = 512 << 10;
+constexpr int64_t kGroupPanels = 8;
 
-int64_t rows_per_pass(const Gemm& g) {
+// Rows of A that fit kActivationBytes.
+int64_t rows_in_cache(const Gemm& g) {
   const int64_t bytes_per_row = std::max<int64_t>(1, g.a_blocks * (kBlock + 8));
   const int64_t rows = kActivationBytes / bytes_per_row / kGroupRows * kGroupRows;
   return std::max(rows, kGroupRows);
@@ -44,26 +48,43 @@ void store_panel(
   }
 }
 
+// Rows from `row` on, a multiple of group_rows.
+Activations rows_from(const Activations& a, int64_t row) {
+  const int64_t at = a.at(row);
+  return {a.codes + at * kBlock, a.scale + at, a.offset + at, a.blocks, a.group_rows};
+}
+
 void multiply(
     const Gemm& g, const Activations& a, const int32_t* columns, const float* bias,
     int64_t first_row, int64_t rows) {
-  const int64_t panels = (g.cols + kPanel - 1) / kPanel;
-  parallel_for(panels, 1, [&](int64_t begin, int64_t end) {
-    PanelReader reader(g, a.blocks);
-    Scratch<float> out(rows * kPanel);
-    for (int64_t panel = begin; panel < end; ++panel) {
-      reader.seek(panel, columns, a.blocks);
-      kernels().dot_panel(a, rows, reader.codes, reader.scale, reader.columns, out.data());
-      store_panel(g, bias, first_row, rows, panel, out.data());
+  const int64_t panels = divide_up(g.cols, kPanel), cached = std::min(rows, rows_in_cache(g));
+  // Few rows stay in cache anyway; few panels are shared by the threads first.
+  const int64_t shared = divide_up(panels, num_threads());
+  const int64_t group = rows == cached ? 1 : std::min(kGroupPanels, shared);
+  parallel_for(divide_up(panels, group), 1, [&](int64_t begin, int64_t end) {
+    std::deque<PanelReader> readers;
+    for (int64_t i = 0; i < group; ++i) readers.emplace_back(g, a.blocks);
+    Scratch<float> out(cached * kPanel);
+    for (int64_t first = begin * group; first < std::min(end * group, panels); first += group) {
+      const int64_t count = std::min(group, panels - first);
+      for (int64_t i = 0; i < count; ++i) readers[i].seek(first + i, columns, a.blocks);
+      for (int64_t row = 0; row < rows; row += cached) {
+        const int64_t some = std::min(cached, rows - row);
+        for (int64_t i = 0; i < count; ++i) {
+          const PanelReader& panel = readers[i];
+          kernels().dot_panel(
+              rows_from(a, row), some, panel.codes, panel.scale, panel.columns, out.data());
+          store_panel(g, bias, first_row + row, some, first + i, out.data());
+        }
+      }
     }
   });
 }
 
 // By dot products over packed panels, for few rows and for levels without tile registers.
 void multiply_by_dots(const Gemm& g, const int32_t* columns, const float* bias) {
-  const int64_t pass = std::min(g.rows, rows_per_pass(g));
-  const int64_t group = std::min(pass, kGroupRows);
-  const int64_t unpacked = (pass + group - 1) / group * group * g.a_blocks;  // blocks
+  const int64_t pass = std::min(g.rows, kPassRows), group = std::min(pass, kGroupRows);
+  const int64_t unpacked = divide_up(pass, group) * group * g.a_blocks;  // blocks
   Scratch<int32_t> offset(unpacked);
   Scratch<int8_t> codes(unpacked * kBlock);
   Scratch<float> scale(unpacked);
