@@ -9,14 +9,28 @@ from torch import Tensor, nn
 
 
 def run_model(model: nn.Module, batch: dict[str, Any] | Tensor) -> Any:
-    """model(batch) without gradients, the batch moved to the model's device."""
+    """model(batch) without gradients or a key-value cache, the batch moved to the model's device."""
     parameter = next(model.parameters(), None)
     device = parameter.device if parameter is not None else torch.device("cpu")
-    with torch.no_grad():
+    with torch.no_grad(), without_cache(model):
         if isinstance(batch, Tensor):
             return model(batch.to(device))
         moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         return model(**moved)
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Inside, a transformers model returns no key-value cache, which would outlive its forward."""
+    config = getattr(model, "config", None)
+    if getattr(config, "use_cache", None) is not True:
+        yield
+        return
+    config.use_cache = False
+    try:
+        yield
+    finally:
+        config.use_cache = True
 
 
 @contextmanager
