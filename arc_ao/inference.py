@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def run_model(model: nn.Module, batch: dict[str, Any] | Tensor) -> Any:
-    """model(batch) without gradients or a key-value cache, the batch moved to the model's device."""
+    """model(batch) without gradients or key-value cache, the batch moved to the model's device."""
     parameter = next(model.parameters(), None)
     device = parameter.device if parameter is not None else torch.device("cpu")
     with torch.no_grad(), without_cache(model):
