@@ -5,6 +5,7 @@ meet activation residuals (`act_blocks`) are read from Q(w) again. `F.linear(x, 
 is `arc::quant_augment` followed by `arc::nvfp4_gemm`.
 """
 
+import hashlib
 from typing import Any
 
 import torch
@@ -18,6 +19,14 @@ from arc_ao.ops import nvfp4_gemm, quant_augment
 from arc_ao.ops.layout import LAYOUTS, from_panels, to_panels
 
 aten = torch.ops.aten
+# The inner tensors that quantizing the input reads.
+INPUT_TENSORS = (
+    "act_blocks",
+    "weight_blocks",
+    "channel_order",
+    "act_channels",
+    "act_outer_scale",
+)
 
 
 class ARCTensor(TorchAOBaseTensor):
@@ -39,6 +48,8 @@ class ARCTensor(TorchAOBaseTensor):
         four_over_six: whether activations choose between amax/6 and amax/4.
         weight_layout: of qdata and scale: "plain", as in checkpoints, or "panels", as CPU kernels
             read them (ops/layout.py). Slicing rows gives "plain"; pickling keeps the layout.
+        input_plan: digest of all that quantizing the input depends on, or "" where it is not known;
+            linears with equal digests that read one tensor need one quantization.
     """
 
     tensor_data_names = ["qdata", "scale", "outer_scale", "act_blocks", "weight_blocks"]
@@ -48,6 +59,7 @@ class ARCTensor(TorchAOBaseTensor):
         "activation_scale",
         "four_over_six",
         "weight_layout",
+        "input_plan",
     ]
     optional_tensor_data_names = ["channel_order", "act_channels", "act_outer_scale"]
 
@@ -64,6 +76,7 @@ class ARCTensor(TorchAOBaseTensor):
         activation_scale: str = "token",
         four_over_six: bool = False,
         weight_layout: str = "plain",
+        input_plan: str = "",
         channel_order: Tensor | None = None,
         act_channels: Tensor | None = None,
         act_outer_scale: Tensor | None = None,
@@ -85,6 +98,7 @@ class ARCTensor(TorchAOBaseTensor):
         self.activation_scale = activation_scale
         self.four_over_six = four_over_six
         self.weight_layout = weight_layout
+        self.input_plan = input_plan
         self.channel_order = channel_order
         self.act_channels = act_channels
         self.act_outer_scale = act_outer_scale
@@ -124,6 +138,18 @@ class ARCTensor(TorchAOBaseTensor):
     def bits_per_weight(self) -> float:
         """Stored bits over N * K."""
         return 8 * self.nbytes_stored / max(1, self.shape[0] * self.in_features)
+
+    def with_input_plan(self) -> "ARCTensor":
+        """The same weight with the digest of its ids, scale and settings as `input_plan`."""
+        names, attributes = self.__tensor_flatten__()
+        tensors = {name: getattr(self, name) for name in names}
+        settings = (self.in_features, self.activation_scale, self.four_over_six)
+        digest = hashlib.sha256(repr(settings).encode())
+        for name in INPUT_TENSORS:
+            if name in tensors:
+                digest.update(f"{name} {tensors[name].tolist()}".encode())
+        attributes = attributes | {"input_plan": digest.hexdigest()[:16]}
+        return ARCTensor.__tensor_unflatten__(tensors, attributes, None, None)
 
     def to_layout(self, layout: str) -> "ARCTensor":
         """The same weight with qdata and scale in another layout; itself if it has that layout.
@@ -206,6 +232,7 @@ def arc_linear(x: Tensor, weight: ARCTensor, bias: Tensor | None = None) -> Tens
         channel_order=weight.channel_order,
         act_channels=weight.act_channels,
         four_over_six=weight.four_over_six,
+        plan=weight.input_plan,
     )
     y = nvfp4_gemm(
         a,
@@ -300,6 +327,7 @@ def _(func, types, args, kwargs):
 def _signature(weight: ARCTensor) -> tuple:
     """What two weights must have in common for one to be copied into the other."""
     names, attributes = weight.__tensor_flatten__()
+    attributes = {k: v for k, v in attributes.items() if k != "input_plan"}  # copied along
     return attributes, {name: getattr(weight, name).shape for name in names}
 
 
@@ -319,6 +347,7 @@ def _(func, types, args, kwargs):
         )
     for name in target.__tensor_flatten__()[0]:
         getattr(target, name).copy_(getattr(source, name))
+    target.input_plan = source.input_plan
     return target
 
 

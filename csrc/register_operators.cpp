@@ -16,7 +16,8 @@ namespace {
 // The arguments that quant_augment and the fused producers have in common, in schema order.
 #define ARC_AUGMENTATION_SCHEMA                                                              \
   "Tensor act_blocks, Tensor weight_blocks, Tensor? outer_scale, str scale_mode, "           \
-  "Tensor? channel_order=None, Tensor? act_channels=None, bool four_over_six=False"
+  "Tensor? channel_order=None, Tensor? act_channels=None, bool four_over_six=False, "        \
+  "str plan=\"\""
 
 const char* const kSchemas[] = {
     "quant_augment(Tensor x, " ARC_AUGMENTATION_SCHEMA ") -> (Tensor, Tensor, Tensor)",
@@ -53,7 +54,9 @@ struct AugmentationArguments {
         scale_mode(from.string()),
         channel_order(from.optional_tensor()),
         act_channels(from.optional_tensor()),
-        four_over_six(from.scalar<bool>()) {}
+        four_over_six(from.scalar<bool>()) {
+    from.string();  // plan: for graph passes alone
+  }
 
   Augmentation resolve(const char* op, int64_t channels) const {
     Augmentation how;

@@ -103,7 +103,7 @@ def quantize_weight(weight: Tensor, plan: LayerPlan) -> ARCTensor:
         channel_order=plan.channel_order,
         act_channels=plan.act_channels,
         act_outer_scale=plan.act_outer_scale,
-    )
+    ).with_input_plan()
 
 
 def _stored_parts(

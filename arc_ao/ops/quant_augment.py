@@ -21,7 +21,8 @@ from arc_ao.ops.registry import define
 # The arguments that the fused producers share, in this order.
 AUGMENTATION = (
     "Tensor act_blocks, Tensor weight_blocks, Tensor? outer_scale, str scale_mode, "
-    "Tensor? channel_order=None, Tensor? act_channels=None, bool four_over_six=False"
+    "Tensor? channel_order=None, Tensor? act_channels=None, bool four_over_six=False, "
+    'str plan=""'
 )
 SCALE_MODES = ("token", "tensor", "static")
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -37,6 +38,7 @@ def quant_augment_eager(
     channel_order: Tensor | None = None,
     act_channels: Tensor | None = None,
     four_over_six: bool = False,
+    plan: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize x [*, K] and append its residual columns.
 
@@ -50,6 +52,8 @@ def quant_augment_eager(
         act_channels: int32 [multiple of 16], channels (after the permutation) whose residuals are
             gathered into blocks of their own.
         four_over_six: choose each block's scale between amax/6 and amax/4.
+        plan: digest of all arguments but x, or "". It changes nothing here: graph passes, which do
+            not see the values of tensors, take calls of equal digests for equal calls.
 
     Returns:
         qdata uint8 [M, K_aug/2], scale uint8 [M, K_aug/16] (e4m3 bits), outer fp32 [M] or [1],
@@ -85,6 +89,7 @@ def _quant_augment_fake(
     channel_order=None,
     act_channels=None,
     four_over_six=False,
+    plan="",
 ):
     check_augmentation(x, outer_scale, scale_mode, act_channels)
     return augmented_shapes(x, act_blocks, weight_blocks, scale_mode, act_channels)

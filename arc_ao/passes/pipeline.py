@@ -1,0 +1,21 @@
+"""The passes in their order."""
+
+from collections.abc import Callable
+
+from torch.fx import Graph
+
+from arc_ao.passes.fuse_rms_norm import fuse_rms_norm
+from arc_ao.passes.fuse_silu_mul import fuse_silu_mul
+from arc_ao.passes.share_quantize import share_quantize
+
+# Sharing comes first: a norm is fused only where one quantization is all that reads it.
+PASSES: tuple[Callable[[Graph], int], ...] = (share_quantize, fuse_rms_norm, fuse_silu_mul)
+
+
+def run_passes(graph: Graph) -> dict[str, int]:
+    """Run every pass on a graph of aten and arc operators; how often each one applied."""
+    applied = {rewrite.__name__: rewrite(graph) for rewrite in PASSES}
+    if any(applied.values()):
+        graph.eliminate_dead_code()
+        graph.lint()
+    return applied

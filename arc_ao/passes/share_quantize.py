@@ -1,0 +1,34 @@
+"""One quantization per input: q, k and v (gate and up, experts) read the same tensor.
+
+Calls of `arc::quant_augment` on one tensor are equal if their block ids, scales and settings are.
+Those tensors are inputs of the graph, whose values a pass does not see: equal digests (`plan`)
+stand for equal values, and a call without one is compared by its nodes.
+"""
+
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from arc_ao.passes.nodes import bound, calls
+
+quant_augment = torch.ops.arc.quant_augment.default
+
+
+def share_quantize(graph: Graph) -> int:
+    """Let equal quantizations of one tensor be one; how many calls went."""
+    seen: dict[Any, Node] = {}
+    shared = 0
+    for node in calls(graph, quant_augment):
+        first = seen.setdefault(_key(node), node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+            shared += 1
+    return shared
+
+
+def _key(node: Node) -> Any:
+    arguments = bound(node)
+    x, plan = arguments.pop("x"), arguments.pop("plan")
+    return (x, plan) if plan else (x, *arguments.values())
