@@ -6,6 +6,7 @@ Providers are timed in turns, so that a neighbour's load or a drifting clock mee
     reported  = median over the rounds          spread = (max - min) / median
 """
 
+import os
 import statistics
 import subprocess
 import time
@@ -27,9 +28,10 @@ Sampler = Callable[[], float]  # takes one sample: seconds of one call
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: the median over rounds, and how far apart the rounds were."""
+    """Seconds of one call over the rounds: median, least, and how far apart they were."""
 
     seconds: float
+    best: float
     spread: float
 
 
@@ -58,9 +60,9 @@ def sampler(run: Callable[[], Any], *, warm: bool) -> Sampler:
 
 
 def summarize(samples: list[float]) -> Timing:
-    """Median and spread of seconds."""
+    """Median, least and spread of seconds."""
     median = statistics.median(samples)
-    return Timing(median, (max(samples) - min(samples)) / median)
+    return Timing(median, min(samples), (max(samples) - min(samples)) / median)
 
 
 def _calls_per_sample(run: Callable[[], Any]) -> int:
@@ -87,16 +89,18 @@ def machine_header(arguments: dict[str, Any]) -> dict[str, Any]:
         "cpu": cpu,
         "ops": backends,
         "commit": _commit(),
+        "load_before": os.getloadavg()[0],
     }
 
 
 def print_header(header: dict[str, Any]) -> None:
-    """The machine in three lines."""
+    """The machine in four lines."""
     cpu, versions = header["cpu"], header["versions"]
     sets = [name for name, present in cpu["instruction_sets"].items() if present is True]
     print(f"{cpu['model']}, {cpu['threads']} of {cpu['cores']} cores: {', '.join(sets)}")
     print(", ".join(f"{name} {version}" for name, version in versions.items()))
     print(f"arc_ao operators: {header['ops']['arc::nvfp4_gemm']}; commit {header['commit']}")
+    print(f"load average before: {header['load_before']:.2f} (busy cores spoil every figure)")
 
 
 def _commit() -> str:
