@@ -2,7 +2,7 @@
 
     python benchmarks/bench_cpu_model.py --threads 2     # 16 layers, 2048/8192, 32/8 heads
     python benchmarks/bench_cpu_model.py --check         # exit code 1 if an acceptance line fails
-    python benchmarks/bench_cpu_model.py --profile       # where the time of our decoding goes
+    python benchmarks/bench_cpu_model.py --profile       # where the time of decoding goes
 
 Weights are random. Each variant lives in a process of its own, which builds its model and compiles
 it once with a static cache; then the processes take turns, one round each:
@@ -79,10 +79,12 @@ class Decoder:
         return outputs.logits[:, -1].argmax(-1, keepdim=True)  # [1, 1], the next token
 
     def prefill(self, prompt: Tensor) -> Tensor:
+        """The token behind a prompt [1, T]."""
         self.cache.reset()
         return self.step(prompt, self.cache)
 
     def decode(self, token: Tensor, tokens: int) -> None:
+        """As many tokens behind `token` [1, 1]."""
         for _ in range(tokens):
             token = self.step(token, self.cache)
 
@@ -90,9 +92,8 @@ class Decoder:
 @torch.no_grad()
 def one_round(decoder: Decoder, prompt: Tensor, tokens: int) -> dict[str, float]:
     """Seconds of a prompt, and of a token behind it."""
-    decoder.cache.reset()
     start = time.perf_counter()
-    token = decoder.step(prompt, decoder.cache)
+    token = decoder.prefill(prompt)
     prefilled = time.perf_counter()
     decoder.decode(token, tokens)
     return {
@@ -119,19 +120,18 @@ def serve(args: argparse.Namespace) -> None:
     print(json.dumps(figures), flush=True)
     for _ in sys.stdin:
         print(json.dumps(one_round(decoder, prompt, args.tokens)), flush=True)
-    if args.profile and args.variant == OURS:
-        profile(decoder, prompt, args.tokens)
+    if args.profile:
+        print(f"{args.variant}:\n{profile(decoder, prompt, args.tokens)}", file=sys.stderr)
 
 
-def profile(decoder: Decoder, prompt: Tensor, tokens: int) -> None:
-    """Operators of our decoding by their own time, on stderr."""
+def profile(decoder: Decoder, prompt: Tensor, tokens: int) -> str:
+    """Operators of decoding by their own time."""
     with torch.no_grad():
         token = decoder.prefill(prompt)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
             decoder.decode(token, tokens)
     averages = profiled.key_averages()
-    table = averages.table(sort_by="self_cpu_time_total", row_limit=PROFILE_ROWS)
-    print(f"{tokens} tokens\n{table}", file=sys.stderr)
+    return averages.table(sort_by="self_cpu_time_total", row_limit=PROFILE_ROWS)
 
 
 class Variant:
@@ -228,7 +228,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=0.06)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--profile", action="store_true", help="of our decoding, on stderr")
+    parser.add_argument("--profile", action="store_true", help="of decoding, on stderr")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a line fails")
     parser.add_argument("--variant", choices=(BF16, OURS), help=argparse.SUPPRESS)
     return parser.parse_args(argv)
