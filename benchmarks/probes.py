@@ -49,7 +49,8 @@ def load() -> ctypes.CDLL:
             f"the probes need a C++ compiler; {command[0]} is not there (CXX names it)"
         )
     sets = env_report()["cpu"]["instruction_sets"]
-    flags = [f for name, text in FLAGS_OF.items() if sets.get(name) is True for f in text.split()]
+    groups = [text.split() for name, text in FLAGS_OF.items() if sets.get(name) is True]
+    flags = [flag for group in groups if _accepts(command, group) for flag in group]
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "probes.so"
         subprocess.run([*command, *FLAGS, *flags, str(SOURCE), "-o", str(target)], check=True)
@@ -62,6 +63,12 @@ def load() -> ctypes.CDLL:
         function = getattr(library, f"arc_probe_{name}")
         function.restype, function.argtypes = ctypes.c_double, [ctypes.c_int, ctypes.c_double]
     return library
+
+
+def _accepts(command: list[str], flags: list[str]) -> bool:
+    """Whether this compiler knows the flags."""
+    nothing = [*command, *flags, "-x", "c++", "-E", os.devnull]
+    return subprocess.run(nothing, capture_output=True).returncode == 0
 
 
 def ceilings() -> list[str]:
