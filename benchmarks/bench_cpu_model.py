@@ -106,12 +106,14 @@ def serve(args: argparse.Namespace) -> None:
     """One variant: answers every line of stdin with one JSON line, first with its memory."""
     torch.set_num_threads(args.threads)
     before = settle()
+    progress(f"{args.variant}: building")
     model = build_model(args)
     decoder = Decoder(model, args.prompt + 2 * args.tokens)
     weights = settle() - before
     prompt = torch.randint(args.vocabulary, (1, args.prompt))
+    progress(f"{args.variant}: compiling")
     start = time.perf_counter()
-    one_round(decoder, prompt, 2)  # compiles
+    one_round(decoder, prompt, 2)
     compiled = time.perf_counter() - start
     ready = settle()
     running = peak_of(lambda: one_round(decoder, prompt, args.tokens)) - ready
@@ -121,7 +123,12 @@ def serve(args: argparse.Namespace) -> None:
     for _ in sys.stdin:
         print(json.dumps(one_round(decoder, prompt, args.tokens)), flush=True)
     if args.profile:
-        print(f"{args.variant}:\n{profile(decoder, prompt, args.tokens)}", file=sys.stderr)
+        progress(f"{args.variant}, decoding:\n{profile(decoder, prompt, args.tokens)}")
+
+
+def progress(text: str) -> None:
+    """To stderr: stdout is for figures."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def profile(decoder: Decoder, prompt: Tensor, tokens: int) -> str:
@@ -179,7 +186,8 @@ def measure(args: argparse.Namespace, argv: list[str]) -> dict[str, dict[str, fl
     try:
         for name in (BF16, OURS):
             variants[name] = Variant(name, argv)
-        for _ in range(args.rounds):
+        for i in range(args.rounds):
+            progress(f"round {i + 1} of {args.rounds}")
             for variant in variants.values():
                 variant.run()
     finally:
