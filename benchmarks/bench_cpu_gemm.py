@@ -33,6 +33,7 @@ from rich.table import Table
 from timing import (
     Line,
     Sampler,
+    Timing,
     all_passed,
     interleaved,
     machine_header,
@@ -47,8 +48,8 @@ from arc_ao.ops import native, quant_augment
 OURS = ("nvfp4", "arc")
 MEMORY_BOUND_ROWS = 16  # up to here the bandwidth is the ceiling
 QUANTIZE_ROWS = 512
-AMX = "amx_bf16"
-GIGA = 1e9
+READ, AMX = "read", "amx_bf16"  # names of ceilings
+GIGA, TERA = 1e9, 1e12
 
 Cell = dict[str, Any]  # one line of the table
 
@@ -59,46 +60,55 @@ def measure_rows(
     """One cell per provider, with the ceilings measured in the same rounds."""
     x = torch.randn(rows, args.in_features)
     samplers = {n: sampler(p.runner(x, warm=warm), warm=warm) for n, p in providers.items()}
-    available = probes.ceilings()
-    ceiling = dict.fromkeys(providers)
-    if rows > MEMORY_BOUND_ROWS:
-        ceiling = {name: cpu_providers.ceiling_of(name, available) for name in providers}
-        wanted = {*ceiling.values(), *({AMX} & set(available))}
-        samplers |= {name: _seconds_per_operation(name, args.threads) for name in sorted(wanted)}
-    elif not warm:
-        ceiling = dict.fromkeys(providers, "read")
-        samplers["read"] = _seconds_per_byte(data, args.threads)
+    ceiling_of = ceilings_for(rows, warm, list(providers))
+    measured = {name for name in ceiling_of.values() if name}
+    if rows > MEMORY_BOUND_ROWS and AMX in probes.ceilings():
+        measured.add(AMX)  # of an acceptance line, also where a lower level is compared
+    for name in sorted(measured):
+        samplers[name] = _probe(name, data, args.threads)
     timings = interleaved(samplers, args.rounds)
+    rates = {name: 1 / timings[name].seconds for name in sorted(measured)}
     cells = []
     for name, provider in providers.items():
-        seconds = timings[name].seconds
         work = 2 * rows * args.out_features * provider.channels
-        amount = provider.weight_bytes if ceiling[name] == "read" else work
-        fraction = amount * timings[ceiling[name]].seconds / seconds if ceiling[name] else None
-        cells.append(
-            {
-                "rows": rows,
-                "weights": "warm" if warm else "cold",
-                "provider": name,
-                "microseconds": seconds * 1e6,
-                "best_microseconds": timings[name].best * 1e6,
-                "spread": timings[name].spread,
-                "gb_per_second": provider.weight_bytes / seconds / GIGA,
-                "tflops": work / seconds / 1e12,
-                "ceiling": ceiling[name],
-                "of_ceiling": fraction,
-                "ceilings": {c: 1 / timings[c].seconds for c in timings if c not in providers},
-                "over_bf16": timings["bf16"].seconds / seconds if "bf16" in timings else None,
-            }
-        )
+        figures = make_cell(timings[name], provider, work, ceiling_of[name], rates)
+        figures["over_bf16"] = None
+        if "bf16" in timings:
+            figures["over_bf16"] = timings["bf16"].seconds / timings[name].seconds
+        weights = "warm" if warm else "cold"
+        cells.append({"rows": rows, "weights": weights, "provider": name, **figures})
     return cells
 
 
-def _seconds_per_operation(name: str, threads: int) -> Sampler:
-    return lambda: 1 / probes.rate(name, threads)
+def make_cell(
+    timing: Timing, provider: Provider, work: int, ceiling: str | None, rates: dict[str, float]
+) -> Cell:
+    """Figures of one provider; `work` in operations, `rates` of the ceilings per second."""
+    done = provider.weight_bytes if ceiling == READ else work
+    return {
+        "microseconds": timing.seconds * 1e6,
+        "best_microseconds": timing.best * 1e6,
+        "spread": timing.spread,
+        "gb_per_second": provider.weight_bytes / timing.seconds / GIGA,
+        "tflops": work / timing.seconds / TERA,
+        "ceiling": ceiling,
+        "of_ceiling": done / timing.seconds / rates[ceiling] if ceiling else None,
+        "ceilings": rates,
+    }
 
 
-def _seconds_per_byte(data: Tensor, threads: int) -> Sampler:
+def ceilings_for(rows: int, warm: bool, providers: list[str]) -> dict[str, str | None]:
+    """Name of the ceiling of each provider; none for few rows and a weight in the cache."""
+    if rows <= MEMORY_BOUND_ROWS:
+        return dict.fromkeys(providers, None if warm else READ)
+    available = probes.ceilings()
+    return {name: cpu_providers.ceiling_of(name, available) for name in providers}
+
+
+def _probe(name: str, data: Tensor, threads: int) -> Sampler:
+    """Samples the seconds of one byte read or of one operation."""
+    if name != READ:
+        return lambda: 1 / probes.rate(name, threads)
     ahead = probes.best_prefetch(data, threads)
     return lambda: probes.read_seconds(data, threads, ahead) / data.nbytes
 
@@ -153,10 +163,10 @@ def _speedup_line(cells: list[Cell], over: str, rows: int, weights: str, bound: 
 
 
 def _amx_line(cells: list[Cell]) -> Line:
-    cell = find(cells, "nvfp4", 1024, "cold")
-    rate = cell and cell["ceilings"].get(AMX)
-    value = cell["tflops"] * 1e12 / rate if rate else None
-    missing = "needs AMX" if cell else "not measured"
+    found = find(cells, "nvfp4", 1024, "cold")
+    rate = found and found["ceilings"].get(AMX)
+    value = found["tflops"] * TERA / rate if rate else None
+    missing = "needs AMX" if found else "not measured"
     return Line("M=1024 cold, of the AMX bf16 ceiling", value, at_least=0.5, missing=missing)
 
 
@@ -195,7 +205,7 @@ def print_ceilings(cells: list[Cell]) -> None:
         for name, rate in cell["ceilings"].items():
             best[name] = max(rate, best.get(name, 0.0))
     for name, rate in best.items():
-        unit = f"{rate / GIGA:.1f} GB/s" if name == "read" else f"{rate / 1e12:.2f} TFLOP/s"
+        unit = f"{rate / GIGA:.1f} GB/s" if name == READ else f"{rate / TERA:.2f} TFLOP/s"
         print(f"ceiling {name}: {unit}")
 
 
