@@ -1,0 +1,130 @@
+"""The speed benchmarks of the CPU: their helpers, and each one end to end on tiny shapes."""
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))  # scripts, not a package
+
+import bench_cpu_gemm  # noqa: E402
+import cpu_providers  # noqa: E402
+import probes  # noqa: E402
+import timing  # noqa: E402
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="the probes need a C++ compiler"
+)
+
+
+def test_samples_are_taken_in_turns():
+    order = []
+    values = {"a": iter([1.0, 9.0, 2.0]), "b": iter([4.0, 4.0, 4.0])}
+    samplers = {name: lambda n=name: order.append(n) or next(values[n]) for name in values}
+    timings = timing.interleaved(samplers, 3)
+    assert order == ["a", "b", "a", "b", "a", "b"]
+    assert timings["a"] == timing.Timing(2.0, 1.0, 4.0)  # of 1, 2, 9: 4 = (9 - 1) / 2
+    assert timings["b"] == timing.Timing(4.0, 4.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "line, verdict",
+    [
+        (timing.Line("speed", 2.0, at_least=2.0), "PASS"),
+        (timing.Line("speed", 1.9, at_least=2.0), "FAIL"),
+        (timing.Line("time", 1.1, at_most=1.0), "FAIL"),
+        (timing.Line("tiles", None, at_least=0.5, missing="needs AMX"), "needs AMX"),
+    ],
+)
+def test_acceptance_line(line, verdict):
+    assert line.verdict == verdict
+    assert timing.all_passed([line]) == (verdict != "FAIL")
+
+
+def test_cold_weights_are_taken_in_turn():
+    weights = [torch.full((1, 16), float(i)) for i in range(3)]
+    provider = cpu_providers.Provider(weights, 64, 16, torch.float32, lambda x, w: w[0, 0].item())
+    run = provider.runner(torch.ones(1, 16), warm=False)
+    assert sorted(itertools.islice(iter(run, None), 3)) == [0.0, 1.0, 2.0]
+    run = provider.runner(torch.ones(1, 16), warm=True)
+    assert {run() for _ in range(3)} == {0.0}
+
+
+def test_a_wrong_product_is_found():
+    """One stored code too large by a step is far outside the bound."""
+    torch.manual_seed(0)
+    weight = cpu_providers.nvfp4_weight(torch.randn(32, 256).bfloat16(), share=0.25)
+    assert weight.num_act_channels == weight.num_weight_channels == 32
+    x = torch.randn(3, 256).bfloat16()
+    assert cpu_providers.check(weight, x)["columns"] == 32
+
+    class Wrong(type(weight)):
+        """Says to the check that it is another weight than the one it multiplies with."""
+
+        def to_layout(self, layout):
+            plain = super().to_layout(layout)
+            plain.qdata[5] ^= 1
+            return plain
+
+    weight.__class__ = Wrong
+    with pytest.raises(AssertionError, match="M=3"):
+        cpu_providers.check(weight, x)
+
+
+@needs_compiler
+def test_probes_measure_something():
+    assert "fp32_fma" in probes.ceilings()
+    assert probes.rate("fp32_fma", threads=1, seconds=1e-3) > 1e8
+    data = probes.random_bytes(2**20)
+    assert probes.read_seconds(data, threads=1, ahead=probes.best_prefetch(data, 1)) > 0
+
+
+@needs_compiler
+def test_gemm_benchmark_runs(capsys, monkeypatch):
+    monkeypatch.setattr(timing, "SAMPLE_SECONDS", 1e-4)
+    sizes = ["--in-features", "128", "--out-features", "48", "--rows", "1", "17"]
+    few = ["--rounds", "2", "--footprint-mib", "1", "--threads", "1"]
+    providers = ["--providers", "bf16", "fp32", "nvfp4", "arc"]
+    threads = torch.get_num_threads()
+    try:
+        assert bench_cpu_gemm.main([*sizes, *few, *providers]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    cells = {(c["provider"], c["rows"], c["weights"]): c for c in result["cells"]}
+    assert len(cells) == 4 * 2 * 2
+    assert cells["arc", 1, "cold"]["ceiling"] == "read"
+    assert cells["arc", 1, "warm"]["of_ceiling"] is None
+    assert cells["fp32", 17, "warm"]["ceiling"] == "fp32_fma"
+    assert all(c["microseconds"] > 0 for c in cells.values())
+    assert result["stored"]["nvfp4"][0] == 48 * (64 + 8)
+    assert set(result["checked"]) == {"nvfp4", "arc"}
+    verdicts = {line["name"]: line["verdict"] for line in result["acceptance"]}
+    assert verdicts["M=1 warm, speedup over int8"] == "not measured"
+    assert verdicts["M=1 cold, of read bandwidth"] in ("PASS", "FAIL")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc of Linux")
+def test_model_benchmark_runs():
+    """Two processes, each compiling one layer for a prompt and for a token."""
+    sizes = ["--layers", "1", "--hidden", "64", "--intermediate", "128", "--heads", "4"]
+    sizes += ["--kv-heads", "2", "--vocabulary", "64", "--prompt", "8", "--tokens", "2"]
+    command = [sys.executable, BENCHMARKS / "bench_cpu_model.py", *sizes, "--threads", "1"]
+    environment = os.environ | {"PYTHONPATH": str(BENCHMARKS.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert list(result["variants"]) == ["bf16", "arc_ao"]
+    for figures in result["variants"].values():
+        assert figures["prefill_tokens_per_second"] > 0
+        assert figures["decode_tokens_per_second"] > 0
+        assert figures["memory"] == figures["weights"] + figures["running"]
+    assert len(result["acceptance"]) == 3
