@@ -7,6 +7,7 @@ from arc_ao.env import env_report
 from arc_ao.eval.report import layer_report as report
 from arc_ao.integrations.huggingface import save_pretrained
 from arc_ao.loading import pack_weights_
+from arc_ao.passes import disable_inductor_passes, enable_inductor_passes
 from arc_ao.quantize import quantize_
 from arc_ao.summary import QuantizationSummary
 from arc_ao.tensor import ARCTensor
@@ -16,6 +17,8 @@ __all__ = [
     "ARCTensor",
     "QuantizationSummary",
     "calibrate",
+    "disable_inductor_passes",
+    "enable_inductor_passes",
     "env_report",
     "pack_weights_",
     "quantize_",
