@@ -1,4 +1,4 @@
-"""backend="arc" and the passes in Inductor: what the compiled decoder calls, caches, coexistence."""
+"""backend="arc" and the passes in Inductor: what decoders call, caches, coexistence."""
 
 import os
 import subprocess
