@@ -10,6 +10,9 @@ using arc::Activations;
 using arc::kPanel;
 using arc::kPanelBlockBytes;
 
+constexpr float kValues[16] = {
+    0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f,
+    -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
 // Twice the e2m1 value of each 4-bit code.
 constexpr u8x16 kTwiceValues = {
     0, 1, 2, 3, 4, 6, 8, 12, 0, 0xFF, 0xFE, 0xFD, 0xFC, 0xFA, 0xF8, 0xF4};
@@ -65,19 +68,23 @@ inline void dot_panel_plain(
   for (int64_t m = 0; m < rows; ++m) store(out + m * kPanel, f32x16{});
   for (int64_t j = 0; j < a.blocks; ++j) {
     const uint8_t* codes = panel_codes + columns[j] * kPanelBlockBytes;
-    f32x16 values[kLanes];  // in the order of Activations::codes
-    for (int half = 0; half < 2; ++half) {
-      i32x16 packed = load<i32x16>(codes + 64 * half);
-      for (int i = 0; i < 4; ++i) {
-        values[8 * half + i] = e2m1_values((packed >> (8 * i)) & 0xF);
-        values[8 * half + 4 + i] = e2m1_values((packed >> (8 * i + 4)) & 0xF);
+    alignas(64) float values[kLanes][kPanel];  // in the order of Activations::codes
+    alignas(64) float row_scales[kPanel];
+    for (int row = 0; row < kPanel; ++row) {
+      row_scales[row] = e4m3_scalar(panel_scale[columns[j] * kPanel + row]) * 2.0f;
+      for (int i = 0; i < 8; ++i) {
+        const uint8_t pair = codes[64 * (i / 4) + 4 * row + i % 4];
+        values[i / 4 * 8 + i % 4][row] = kValues[pair & 0xF];
+        values[i / 4 * 8 + 4 + i % 4][row] = kValues[pair >> 4];
       }
     }
-    f32x16 scales = panel_scales(panel_scale + columns[j] * kPanel) * splat(2.0f);
+    const f32x16 scales = load<f32x16>(row_scales);
     for (int64_t m = 0; m < rows; ++m) {
       const int64_t at = a.at(m) + j * a.group_rows;
       f32x16 sum = {};
-      for (int k = 0; k < kLanes; ++k) sum += values[k] * splat(a.codes[at * kLanes + k]);
+      for (int k = 0; k < kLanes; ++k) {
+        sum += load<f32x16>(values[k]) * splat(float(a.codes[at * kLanes + k]));
+      }
       f32x16 total = load<f32x16>(out + m * kPanel) + sum * (scales * splat(a.scale[at]));
       store(out + m * kPanel, total);
     }

@@ -19,6 +19,17 @@ inline void decode_half_panel(const uint8_t* codes, __m256i w[4]) {
   }
 }
 
+// fp32 block scales of 8 rows. The vector types of 16 lanes would do, but GCC compares and selects
+// them lane by lane where they are wider than a register.
+inline __m256 half_panel_scales(const uint8_t* bytes) {
+  __m256i code =
+      _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
+  __m256 value = _mm256_mul_ps(
+      _mm256_castsi256_ps(_mm256_slli_epi32(code, 20)), _mm256_set1_ps(0x1p120f));
+  __m256 is_nan = _mm256_castsi256_ps(_mm256_cmpeq_epi32(code, _mm256_set1_epi32(0x7F)));
+  return _mm256_or_ps(value, is_nan);  // all bits set: NaN
+}
+
 // Dot products of 8 rows with one block of activations. Sums of 16 stay below 2^15: 16 * 24 * 12.
 inline __m256 dot_block(const __m256i w[4], const int8_t* a, int32_t offset) {
   __m256i sum = _mm256_setzero_si256();
@@ -41,12 +52,10 @@ void dot_rows(
   for (auto& pair : acc) pair[0] = pair[1] = _mm256_setzero_ps();
   for (int64_t j = 0; j < a.blocks; ++j, at += a.group_rows) {
     const uint8_t* codes = panel_codes + columns[j] * kPanelBlockBytes;
-    alignas(64) float scales[kPanel];
-    store(scales, panel_scales(panel_scale + columns[j] * kPanel));
     for (int part = 0; part < 2; ++part) {
       __m256i w[4];
       decode_half_panel(codes + 32 * part, w);
-      const __m256 row_scales = _mm256_load_ps(scales + 8 * part);
+      const __m256 row_scales = half_panel_scales(panel_scale + columns[j] * kPanel + 8 * part);
       for (int m = 0; m < Rows; ++m) {
         __m256 dot = dot_block(w, a.codes + (at + m) * kLanes, a.offset[at + m]);
         __m256 scale = _mm256_mul_ps(row_scales, _mm256_set1_ps(a.scale[at + m]));
