@@ -8,6 +8,8 @@ from arc_ao.eval.report import layer_report as report
 from arc_ao.integrations.huggingface import save_pretrained
 from arc_ao.loading import pack_weights_
 from arc_ao.passes import disable_inductor_passes, enable_inductor_passes
+from arc_ao.passes.package import export_package, library_path
+from arc_ao.passes.quantizer import convert_arc, prepare_arc
 from arc_ao.quantize import quantize_
 from arc_ao.summary import QuantizationSummary
 from arc_ao.tensor import ARCTensor
@@ -17,10 +19,14 @@ __all__ = [
     "ARCTensor",
     "QuantizationSummary",
     "calibrate",
+    "convert_arc",
     "disable_inductor_passes",
     "enable_inductor_passes",
     "env_report",
+    "export_package",
+    "library_path",
     "pack_weights_",
+    "prepare_arc",
     "quantize_",
     "report",
     "save_pretrained",

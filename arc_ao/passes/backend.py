@@ -47,13 +47,13 @@ def arc(
     patches = dict(torch._inductor.list_mode_options(mode)) if mode else {}
     patches |= options or {}
     before = patches.get("post_grad_custom_pre_pass", config.post_grad_custom_pre_pass)
-    patches["post_grad_custom_pre_pass"] = _with_ours(before)
+    patches["post_grad_custom_pre_pass"] = with_ours(before)
     return compile_fx(gm, example_inputs, config_patches=patches)
 
 
 def enable_inductor_passes() -> None:
     """Run our passes in every later compilation by Inductor, such as a plain torch.compile."""
-    config.post_grad_custom_pre_pass = _with_ours(config.post_grad_custom_pre_pass)
+    config.post_grad_custom_pre_pass = with_ours(config.post_grad_custom_pre_pass)
 
 
 def disable_inductor_passes() -> None:
@@ -66,7 +66,7 @@ def disable_inductor_passes() -> None:
         config.post_grad_custom_pre_pass = rest[0] if len(rest) == 1 else rest or None
 
 
-def _with_ours(present: Any) -> Any:
+def with_ours(present: Any) -> Any:
     """What is there and our pass behind it, once."""
     if present is None or present is ARC_PASS:
         return ARC_PASS

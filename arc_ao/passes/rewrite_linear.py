@@ -1,0 +1,94 @@
+"""Linears behind one input to one `arc::quant_augment` and a product each."""
+
+import operator
+
+import torch
+from torch.fx import GraphModule, Node
+
+from arc_ao.passes.graph_linears import GraphLinear, register, remove_attribute
+from arc_ao.passes.nodes import aten, meta_of, value
+from arc_ao.tensor import INPUT_TENSORS, ARCTensor
+
+arc = torch.ops.arc
+
+
+def rewrite_linears(
+    gm: GraphModule,
+    observer_node: Node,
+    linears: list[GraphLinear],
+    tensors: dict[str, ARCTensor],
+) -> None:
+    """Replace the linears that read `observer_node`, and the observer by its input."""
+    x = observer_node.args[0]
+    with gm.graph.inserting_before(observer_node):
+        quantized, ids = _quantize(gm, x, linears[0].name, tensors[linears[0].name])
+    for linear in linears:
+        with gm.graph.inserting_before(linear.node):
+            y = _multiply(gm, quantized, linear, tensors[linear.name], ids, value(linear.node))
+            shaped = _shaped_like(gm, y, x, linear.node)
+        shaped.meta = meta_of(linear.node)
+        linear.node.replace_all_uses_with(shaped)
+        gm.graph.erase_node(linear.node)
+    observer_node.replace_all_uses_with(x)
+    gm.graph.erase_node(observer_node)
+    gm.graph.eliminate_dead_code()
+    for linear in linears:
+        remove_attribute(gm, linear.weight.target)
+
+
+def _quantize(
+    gm: GraphModule, x: Node, name: str, tensor: ARCTensor
+) -> tuple[tuple[Node, ...], dict[str, Node | None]]:
+    """The three results of quantizing x, and the nodes of the ids it was quantized with."""
+    ids = {
+        inner: None
+        if getattr(tensor, inner) is None
+        else register(gm, f"{name}_{inner}", getattr(tensor, inner))
+        for inner in INPUT_TENSORS
+    }
+    call = gm.graph.call_function(
+        arc.quant_augment.default,
+        (
+            x,
+            ids["act_blocks"],
+            ids["weight_blocks"],
+            ids["act_outer_scale"],
+            tensor.activation_scale,
+            ids["channel_order"],
+            ids["act_channels"],
+            tensor.four_over_six,
+            tensor.input_plan,
+        ),
+    )
+    return tuple(gm.graph.call_function(operator.getitem, (call, i)) for i in range(3)), ids
+
+
+def _multiply(
+    gm: GraphModule,
+    quantized: tuple[Node, ...],
+    linear: GraphLinear,
+    tensor: ARCTensor,
+    ids: dict[str, Node | None],
+    result: torch.Tensor,
+) -> Node:
+    weights = [
+        register(gm, f"{linear.name}_{inner}", getattr(tensor, inner))
+        for inner in ("qdata", "scale", "outer_scale")
+    ]
+    arguments = (*quantized, *weights, linear.bias, result.dtype)
+    return gm.graph.call_function(
+        arc.nvfp4_gemm.default,
+        (*arguments, ids["act_blocks"], tensor.base_blocks, tensor.weight_layout),
+    )
+
+
+def _shaped_like(gm: GraphModule, y: Node, x: Node, linear: Node) -> Node:
+    """y [M, N] in the shape of the linear's result; sizes that vary are read from x."""
+    shape = list(value(linear).shape)
+    if len(shape) == 2:
+        return y
+    sizes = [
+        size if isinstance(size, int) else gm.graph.call_function(aten.sym_size.int, (x, i))
+        for i, size in enumerate(shape)
+    ]
+    return gm.graph.call_function(aten.reshape.default, (y, sizes))
