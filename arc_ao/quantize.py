@@ -256,9 +256,11 @@ def _convert(module: nn.Linear, config: ARCConfig) -> None:
     session = observer.session
     if session.plans is None or observer.name not in session.plans:
         _plan_unsearched(session, config)
-    tensor = quantize_weight(module.weight.detach(), session.plans.pop(observer.name))
+    layout = preferred_layout(module.weight.device)
+    plan = session.plans.pop(observer.name)
+    packed = quantize_weight(module.weight.detach(), plan).to_layout(layout)
     detach(module)
-    _swap_weight(module, tensor.to_layout(preferred_layout(tensor.device)))
+    _swap_weight(module, packed)
     release_memory()
 
 

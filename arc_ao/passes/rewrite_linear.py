@@ -31,9 +31,19 @@ def rewrite_linears(
         gm.graph.erase_node(linear.node)
     observer_node.replace_all_uses_with(x)
     gm.graph.erase_node(observer_node)
-    gm.graph.eliminate_dead_code()
     for linear in linears:
+        _erase_unread(gm, linear.weight)
         remove_attribute(gm, linear.weight.target)
+
+
+def _erase_unread(gm: GraphModule, weight: Node) -> None:
+    """The read of a parameter and its transposition, where nothing is left that uses them. Not by
+    eliminate_dead_code: torchao walks over the observers of dead code, too."""
+    for user in list(weight.users):
+        if not user.users:
+            gm.graph.erase_node(user)
+    if not weight.users:
+        gm.graph.erase_node(weight)
 
 
 def _quantize(

@@ -106,12 +106,11 @@ inline u8x8 pack_codes(i32x16 codes) {
 
 // Sum of squares as a tree of halves, the order of nvfp4.squared_error.
 inline float sum_of_squares(f32x16 error) {
-  alignas(64) float t[kLanes];
-  store(t, error * error);
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) t[i] += t[i + half];
-  }
-  return t[0];
+  f32x16 t = error * error;
+  t = t + __builtin_shuffle(t, i32x16{8, 9, 10, 11, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15});
+  t = t + __builtin_shuffle(t, i32x16{4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7});
+  t = t + __builtin_shuffle(t, i32x16{2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3});
+  return t[0] + t[1];
 }
 
 constexpr int64_t kScalesAtOnce = kLanes;
@@ -160,9 +159,11 @@ void quantize_row_as(
       if (FourOverSix) {
         f32x16 wide_rest;
         i32x16 wide_codes = encode_block(xs, four, b, wide_rest);
-        if (sum_of_squares(wide_rest) < sum_of_squares(rest)) {
-          codes = wide_codes, rest = wide_rest, scale_code = four.code[b];
-        }
+        // As bits rather than by a branch, which would be taken at random.
+        const int32_t wide = -int32_t(sum_of_squares(wide_rest) < sum_of_squares(rest));
+        codes = (wide_codes & wide) | (codes & ~wide);
+        rest = bits<f32x16>((bits<i32x16>(wide_rest) & wide) | (bits<i32x16>(rest) & ~wide));
+        scale_code = (four.code[b] & wide) | (scale_code & ~wide);
       }
       store(qdata + block * arc::kBlockBytes, pack_codes(codes));
       scale[block] = uint8_t(scale_code);
