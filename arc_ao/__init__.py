@@ -8,6 +8,7 @@ from arc_ao.eval.report import layer_report as report
 from arc_ao.integrations.huggingface import save_pretrained
 from arc_ao.loading import pack_weights_
 from arc_ao.passes import disable_inductor_passes, enable_inductor_passes
+from arc_ao.passes.explain import explain
 from arc_ao.passes.package import export_package, library_path
 from arc_ao.passes.quantizer import convert_arc, prepare_arc
 from arc_ao.quantize import quantize_
@@ -23,6 +24,7 @@ __all__ = [
     "disable_inductor_passes",
     "enable_inductor_passes",
     "env_report",
+    "explain",
     "export_package",
     "library_path",
     "pack_weights_",

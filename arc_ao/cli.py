@@ -1,4 +1,4 @@
-"""The command `arc-ao`: demo, quantize, eval, report, env. Everything works offline."""
+"""The command `arc-ao`: demo, quantize, eval, report, explain, env."""
 
 import argparse
 import json
@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_quantize(commands)
     _add_eval(commands)
     _add_report(commands)
+    _add_explain(commands)
     env = _command(commands, "env", _env, "versions, instruction sets, the backend of every op")
     env.add_argument("--json", action="store_true", help="print JSON")
     return parser
@@ -113,6 +114,13 @@ def _add_report(commands: Any) -> None:
     report.add_argument("--tokens", type=int, default=2048)
     report.add_argument("--json", type=Path, help="write the rows here")
     report.add_argument("--plot", type=Path, help="write a PNG here")
+
+
+def _add_explain(commands: Any) -> None:
+    explain = _command(commands, "explain", _explain, "what the compiler made of a model")
+    explain.add_argument("model", type=Path, help="quantized model directory")
+    explain.add_argument("--tokens", type=int, default=32, help="length of the compiled input")
+    explain.add_argument("--graph", type=Path, help="write the graph after the passes here")
 
 
 def _console() -> Any:
@@ -202,6 +210,19 @@ def _report(args: argparse.Namespace) -> None:
         save_report(rows, args.json)
     if args.plot:
         plot_report(rows, args.plot)
+
+
+def _explain(args: argparse.Namespace) -> None:
+    import torch
+
+    from arc_ao.integrations.huggingface import load_model
+    from arc_ao.passes.explain import explain
+
+    model, _ = load_model(args.model)
+    explanation = explain(model, torch.arange(args.tokens)[None] % model.config.vocab_size)
+    print(explanation)
+    if args.graph:
+        args.graph.write_text(explanation.text)
 
 
 def _env(args: argparse.Namespace) -> None:

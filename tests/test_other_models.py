@@ -1,4 +1,4 @@
-"""The compiler flows on what is no decoder: a BERT encoder (bias, GELU) and a vision transformer."""
+"""The compiler flows on what is no decoder: a BERT encoder (bias, GELU), a vision transformer."""
 
 import pytest
 import torch

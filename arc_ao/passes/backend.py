@@ -66,9 +66,8 @@ def disable_inductor_passes() -> None:
         config.post_grad_custom_pre_pass = rest[0] if len(rest) == 1 else rest or None
 
 
-def with_ours(present: Any) -> Any:
+def with_ours(present: Any, ours: ArcPass = ARC_PASS) -> Any:
     """What is there and our pass behind it, once."""
-    if present is None or present is ARC_PASS:
-        return ARC_PASS
-    others = list(present) if isinstance(present, (list, tuple)) else [present]
-    return [*(p for p in others if p is not ARC_PASS), ARC_PASS]
+    found = list(present) if isinstance(present, (list, tuple)) else [present]
+    others = [p for p in found if p is not None and not isinstance(p, ArcPass)]
+    return [*others, ours] if others else ours
