@@ -122,7 +122,7 @@ class Part {
       : p_(p),
         rows_(rows),
         cols_(cols),
-        slabs_(divide_up(p.chunks(), slab_chunks(cols.size()))),
+        slabs_(divide_up(p.chunks(), slab_chunks(p.rows, cols.size()))),
         slab_(p, cols, divide_up(p.chunks(), slabs_)),
         c_(rows.size() * cols.size() * kBlockFloats) {}
 
