@@ -1,11 +1,15 @@
 """The graph passes, one by one: rewritten, near misses, no metadata, several users, bits."""
 
+import time
+
 import pytest
 import torch
+from tiny_models import tiny_llama
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import arc_ao
 from arc_ao.ops import producers, quant_augment
 from arc_ao.passes.fuse_rms_norm import fuse_rms_norm
 from arc_ao.passes.fuse_silu_mul import fuse_silu_mul
@@ -279,3 +283,20 @@ def test_all_passes_in_their_order():
     assert run_passes(gm.graph) == expected
     again = dict.fromkeys(expected, 0)
     assert run_passes(gm.graph) == again
+
+
+@pytest.mark.slow
+def test_thirty_two_layers_take_less_than_ten_seconds():
+    """On an exported and decomposed decoder; every block ends with four quantizations."""
+    layers = 32
+    model = tiny_llama(num_hidden_layers=layers).bfloat16().requires_grad_(False)
+    ids = torch.arange(12)[None]
+    config = arc_ao.ARCConfig(recipe="balanced", budget=0.1)
+    arc_ao.quantize_(model, config, calibration_data=[ids], progress=False)
+    program = torch.export.export(model, (ids,), {"use_cache": False}).run_decompositions()
+    start = time.perf_counter()
+    applied = run_passes(program.graph)
+    seconds = time.perf_counter() - start
+    assert applied["share_quantize"] == 3 * layers and applied["fuse_rms_norm"] == 2 * layers
+    assert applied["fuse_silu_mul"] == layers
+    assert seconds < 10
