@@ -13,7 +13,9 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 TEST_ENV := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 \
 	TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 
-SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1
+# With the tile registers emulated, whose loads and stores the sanitizers then see, too.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 \
+	-DARC_AO_EMULATE_AMX
 SANITIZED := build/sanitize/libarc_ao.so
 
 .DEFAULT_GOAL := help
