@@ -54,7 +54,7 @@ def compiler() -> list[str] | None:
     return None
 
 
-def build_library(cxx: list[str], target: Path, work: Path, extra_flags: list[str] = ()) -> None:
+def build_library(cxx: list[str], target: Path, work: Path) -> None:
     """Compile and link csrc/ to `target`; objects go to `work`.
 
     Raises:
@@ -62,7 +62,7 @@ def build_library(cxx: list[str], target: Path, work: Path, extra_flags: list[st
     """
     work.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    extra = [*extra_flags, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    extra = shlex.split(os.environ.get("CXXFLAGS", ""))
     levels = {name: flags for name, flags in LEVELS.items() if _accepts(cxx, flags, work)}
     defines = [f"-DARC_AO_{name.upper()}" for name in levels]
     jobs = [(SOURCES / f"cpu/level_{name}.cpp", flags) for name, flags in levels.items()]

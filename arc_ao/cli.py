@@ -1,4 +1,4 @@
-"""The command `arc-ao`: demo, quantize, eval, report, explain, env."""
+"""The command `arc-ao`: demo, quantize, eval, report, explain, env. Everything works offline."""
 
 import argparse
 import json

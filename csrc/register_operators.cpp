@@ -34,11 +34,11 @@ const char* const kSchemas[] = {
 
 Ids ids_of(const TensorRef& tensor, const char* op, const char* name, int64_t limit) {
   if (!tensor) return {};
-  check(tensor.dtype() == aoti_torch_dtype_int32() && tensor.dim() == 1,
+  ARC_CHECK(tensor.dtype() == aoti_torch_dtype_int32() && tensor.dim() == 1,
         std::string(op) + ": " + name + " must be int32 with one dimension");
   Ids ids{tensor.data<int32_t>(), tensor.numel()};
   for (int64_t i = 0; i < ids.size; ++i) {
-    check(ids.data[i] >= 0 && ids.data[i] < limit,
+    ARC_CHECK(ids.data[i] >= 0 && ids.data[i] < limit,
           std::string(op) + ": " + name + " holds " + std::to_string(ids.data[i]) +
               ", expected 0 to " + std::to_string(limit - 1));
   }
@@ -68,25 +68,25 @@ struct AugmentationArguments {
     how.act_channels = ids_of(act_channels, op, "act_channels", blocks * kBlock);
     how.four_over_six = four_over_six;
     const std::string prefix = std::string(op) + ": ";
-    check(scale_mode == "token" || scale_mode == "tensor" || scale_mode == "static",
+    ARC_CHECK(scale_mode == "token" || scale_mode == "tensor" || scale_mode == "static",
           prefix + "scale_mode must be one of ('token', 'tensor', 'static'), got '" + scale_mode +
               "'");
     how.mode = scale_mode == "token"    ? ScaleMode::kToken
                : scale_mode == "tensor" ? ScaleMode::kTensor
                                         : ScaleMode::kStatic;
-    check((how.mode == ScaleMode::kStatic) == bool(outer_scale),
+    ARC_CHECK((how.mode == ScaleMode::kStatic) == bool(outer_scale),
           prefix + "outer_scale belongs to scale_mode 'static' and only to it, got scale_mode '" +
               scale_mode + "' " + (outer_scale ? "with" : "without") + " outer_scale");
     if (outer_scale) {
-      check(outer_scale.dtype() == aoti_torch_dtype_float32() &&
+      ARC_CHECK(outer_scale.dtype() == aoti_torch_dtype_float32() &&
                 outer_scale.sizes() == std::vector<int64_t>{1},
             prefix + "outer_scale must be fp32 [1], got " + text(outer_scale.sizes()));
       how.outer_scale = outer_scale.data<float>();
     }
-    check(!channel_order || how.channel_order.size == channels,
+    ARC_CHECK(!channel_order || how.channel_order.size == channels,
           prefix + "channel_order must have " + std::to_string(channels) + " entries, got " +
               std::to_string(how.channel_order.size));
-    check(how.act_channels.size % kBlock == 0,
+    ARC_CHECK(how.act_channels.size % kBlock == 0,
           prefix + "act_channels must hold a multiple of 16 channels, got " +
               std::to_string(how.act_channels.size));
     return how;
@@ -105,7 +105,7 @@ struct Matrix {
 
 Matrix matrix_of(const TensorRef& x, const char* op, const char* name = "x") {
   const std::string what = std::string(op) + ": " + name;
-  check(x.dim() > 0, what + " must have at least one dimension [*, K], got a scalar");
+  ARC_CHECK(x.dim() > 0, what + " must have at least one dimension [*, K], got a scalar");
   const int64_t channels = x.sizes().back();
   int64_t rows = 1;
   for (size_t i = 0; i + 1 < x.sizes().size(); ++i) rows *= x.size(i);
@@ -113,7 +113,7 @@ Matrix matrix_of(const TensorRef& x, const char* op, const char* name = "x") {
 }
 
 void check_same(const TensorRef& x, const TensorRef& other, const char* op, const char* name) {
-  check(x.sizes() == other.sizes() && x.dtype() == other.dtype(),
+  ARC_CHECK(x.sizes() == other.sizes() && x.dtype() == other.dtype(),
         std::string(op) + ": " + name + " must have the shape and dtype of the first input, " +
             text(x.sizes()) + ", got " + text(other.sizes()));
 }
@@ -166,7 +166,7 @@ float inverse_rms(const float* x, int64_t channels, float eps) {
 }
 
 void check_norm_weight(const TensorRef& weight, const TensorRef& x, const char* op) {
-  check(weight.sizes() == std::vector<int64_t>{x.sizes().back()} && weight.dtype() == x.dtype(),
+  ARC_CHECK(weight.sizes() == std::vector<int64_t>{x.sizes().back()} && weight.dtype() == x.dtype(),
         std::string(op) + ": weight must have shape [" + std::to_string(x.sizes().back()) +
             "] and the dtype of x, got " + text(weight.sizes()));
 }
@@ -230,7 +230,7 @@ void silu_mul_quant_augment_boxed(StableIValue* stack, uint64_t, uint64_t) {
 void check_operand(const TensorRef& codes, const TensorRef& scale, const char* name) {
   const bool bytes =
       codes.dtype() == aoti_torch_dtype_uint8() && scale.dtype() == aoti_torch_dtype_uint8();
-  check(bytes && codes.dim() == 2 && scale.dim() == 2 && codes.size(0) == scale.size(0) &&
+  ARC_CHECK(bytes && codes.dim() == 2 && scale.dim() == 2 && codes.size(0) == scale.size(0) &&
             codes.size(1) == scale.size(1) * kBlockBytes,
         std::string("nvfp4_gemm: ") + name + " has " + std::to_string(codes.size(0)) +
             " rows of " + std::to_string(2 * codes.size(1)) + " codes and " +
@@ -250,28 +250,28 @@ void nvfp4_gemm_boxed(StableIValue* stack, uint64_t, uint64_t) {
   const std::string layout = arguments.string();
 
   const int64_t repeated = act_blocks ? act_blocks.numel() : 0;
-  check(a.dim() == 2 && b.dim() == 2 &&
+  ARC_CHECK(a.dim() == 2 && b.dim() == 2 &&
             a.size(1) == b.size(1) + repeated * kBlockBytes,
         "nvfp4_gemm: a has K_aug = " + std::to_string(2 * a.sizes().back()) + ", b has " +
             std::to_string(2 * b.sizes().back()) + " plus " + std::to_string(repeated) +
             " repeated blocks of 16; quantize x with the blocks of this weight");
   check_operand(a, a_scale, "a");
   check_operand(b, b_scale, "b");
-  check(!repeated || (base_blocks > 0 && base_blocks <= b_scale.size(1)),
+  ARC_CHECK(!repeated || (base_blocks > 0 && base_blocks <= b_scale.size(1)),
         "nvfp4_gemm: base_blocks must be 1 to " + std::to_string(b_scale.size(1)) +
             ", the blocks of b, where act_blocks repeats some of them, got " +
             std::to_string(base_blocks));
   const int64_t rows = a.size(0), cols = b.size(0);
   const int32_t fp32 = aoti_torch_dtype_float32();
-  check(a_outer.dtype() == fp32 && a_outer.dim() == 1 &&
+  ARC_CHECK(a_outer.dtype() == fp32 && a_outer.dim() == 1 &&
             (a_outer.size(0) == 1 || a_outer.size(0) == rows),
         "nvfp4_gemm: a_outer must have shape [1] or [" + std::to_string(rows) + "], got " +
             text(a_outer.sizes()));
-  check(b_outer.dtype() == fp32 && b_outer.numel() == 1, "nvfp4_gemm: b_outer must be fp32 [1]");
-  check(!bias || bias.sizes() == std::vector<int64_t>{cols},
+  ARC_CHECK(b_outer.dtype() == fp32 && b_outer.numel() == 1, "nvfp4_gemm: b_outer must be fp32 [1]");
+  ARC_CHECK(!bias || bias.sizes() == std::vector<int64_t>{cols},
         "nvfp4_gemm: bias must have shape [" + std::to_string(cols) + "], got " +
             (bias ? text(bias.sizes()) : ""));
-  check(layout == "plain" || layout == "panels",
+  ARC_CHECK(layout == "plain" || layout == "panels",
         "nvfp4_gemm: b_layout must be 'plain' or 'panels', got '" + layout + "'");
   const Ids ids = ids_of(act_blocks, "nvfp4_gemm", "act_blocks", base_blocks);
 

@@ -16,12 +16,14 @@ namespace arc {
 // The stable interface of torch 2.11, which every later torch keeps.
 constexpr uint64_t kTorchVersion = (2ULL << 56) | (11ULL << 48);
 
-inline void check(bool condition, const std::string& message) {
-  if (!condition) throw std::runtime_error(message);
-}
+// A macro, so that the message is put together only where the check fails.
+#define ARC_CHECK(condition, message)                          \
+  do {                                                         \
+    if (!(condition)) throw std::runtime_error(message);       \
+  } while (false)
 
 inline void check_call(AOTITorchError error, const char* what) {
-  check(error == 0, std::string("arc: torch refused ") + what);
+  ARC_CHECK(error == 0, std::string("arc: torch refused ") + what);
 }
 
 template <typename T>
@@ -155,7 +157,7 @@ class Arguments {
 inline DType dtype_of(int32_t torch_dtype, const std::string& what) {
   if (torch_dtype == aoti_torch_dtype_bfloat16()) return DType::kBFloat16;
   if (torch_dtype == aoti_torch_dtype_float16()) return DType::kHalf;
-  check(torch_dtype == aoti_torch_dtype_float32(), what + " must be bf16, fp16 or fp32");
+  ARC_CHECK(torch_dtype == aoti_torch_dtype_float32(), what + " must be bf16, fp16 or fp32");
   return DType::kFloat;
 }
 

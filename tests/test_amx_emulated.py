@@ -9,13 +9,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BUILD = """
-import sys
-from pathlib import Path
-from build_native import build_library, compiler
-target = Path(sys.argv[1])
-build_library(compiler(), target, target.parent / "objects", ["-DARC_AO_EMULATE_AMX"])
-"""
 COMPILER = "from build_native import compiler; print(bool(compiler()))"
 FEATURES = "from arc_ao.ops import native; print(native.cpu_features())"
 GEMM_TESTS = "amx and (gemm or threads or nan or layouts)"
@@ -40,7 +33,7 @@ def library(tmp_path_factory) -> str:
     if python("-c", COMPILER).strip() != "True":
         pytest.skip("no C++ compiler")
     path = str(tmp_path_factory.mktemp("emulated") / "libarc_ao.so")
-    python("-c", BUILD, path)
+    python("build_native.py", path, CXXFLAGS="-DARC_AO_EMULATE_AMX")
     features = python("-c", FEATURES, ARC_AO_LIBRARY=path).strip()
     if "avx512 (" in features or "amx (not built" in features:
         pytest.skip(f"needs AVX-512 and a compiler that knows AMX, but: {features}")

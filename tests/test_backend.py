@@ -18,6 +18,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import arc_ao
 from arc_ao.passes import backend
+from arc_ao.passes.nodes import arc_calls
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENS = torch.randint(VOCAB_SIZE, (2, 48), generator=torch.Generator().manual_seed(0))
@@ -37,13 +38,6 @@ def quantized(model: nn.Module) -> nn.Module:
     settings = arc_ao.ARCConfig(recipe="balanced", budget=0.2)
     arc_ao.quantize_(model, settings, calibration_data=[TOKENS], progress=False)
     return model.requires_grad_(False)
-
-
-def arc_calls(graph: torch.fx.Graph) -> list[str]:
-    """Names of the arc operators that a graph calls, in order."""
-    targets = (node.target for node in graph.nodes if node.op == "call_function")
-    found = (target for target in targets if getattr(target, "namespace", "") == "arc")
-    return [target.name().removeprefix("arc::") for target in found]
 
 
 def record_calls(patch: pytest.MonkeyPatch) -> list[list[str]]:

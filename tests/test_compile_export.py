@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import VOCAB_SIZE, tiny_llama
+from tiny_models import VOCAB_SIZE, Logits, tiny_llama
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -11,17 +11,6 @@ import arc_ao
 TOKENS = torch.randint(VOCAB_SIZE, (4, 48), generator=torch.Generator().manual_seed(0))
 LENGTHS = (5, 17, 40, 6, 33)
 ARC_OPS = (torch.ops.arc.quant_augment.default, torch.ops.arc.nvfp4_gemm.default)
-
-
-class Logits(nn.Module):
-    """input_ids -> logits: one tensor in, one out, no cache."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.model(input_ids=input_ids, use_cache=False).logits
 
 
 def quantized_llama(dtype: torch.dtype) -> Logits:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import VOCAB_SIZE, tiny_llama
-from torch import Tensor, nn
+from tiny_models import VOCAB_SIZE, Logits, tiny_llama
+from torch import Tensor
 from torch.utils import cpp_extension
 
 import arc_ao
@@ -21,15 +21,6 @@ SOURCE = Path(__file__).parent / "cpp" / "run_package.cpp"
 TOKENS = torch.randint(VOCAB_SIZE, (2, 48), generator=torch.Generator().manual_seed(0))
 SHORT = TOKENS[:, :13].contiguous()
 WEIGHT_BYTES_FACTOR, FIXED_BYTES = 1.1, 5_000_000
-
-
-class Logits(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.model(input_ids=input_ids, use_cache=False).logits
 
 
 @pytest.fixture(scope="module")

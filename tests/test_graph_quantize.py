@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import VOCAB_SIZE, tiny_llama
+from tiny_models import VOCAB_SIZE, Logits, tiny_llama
 from torch import Tensor, nn
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
@@ -16,15 +16,6 @@ BATCHES = [TOKENS[:2], TOKENS[2:]]
 CONFIG = ARCConfig(recipe="balanced", budget=0.2)
 BATCH, LENGTH = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("length", min=2, max=64)
 SHAPES = ({0: BATCH, 1: LENGTH},)
-
-
-class Logits(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.model(input_ids=input_ids, use_cache=False).logits
 
 
 def llama() -> Logits:

@@ -11,6 +11,7 @@ from torch._inductor import config
 from torch.fx import Graph
 
 from arc_ao.passes.backend import ArcPass, with_ours
+from arc_ao.passes.nodes import arc_calls
 from arc_ao.summary import SUMMARY, arc_tensors
 
 QUANTIZERS = (
@@ -78,7 +79,7 @@ class _Recorder(ArcPass):
         e = self.explanation
         e.graphs += 1
         e.passes = dict(Counter(e.passes) + Counter(self.applied))
-        e.operators = dict(Counter(e.operators) + Counter(_arc_calls(graph)))
+        e.operators = dict(Counter(e.operators) + Counter(arc_calls(graph)))
         e.text += f"# graph {e.graphs}\n{graph}\n"
 
 
@@ -110,9 +111,3 @@ def _skipped(model: nn.Module) -> dict[str, str]:
     quantized = arc_tensors(model)
     linears = (name for name, m in model.named_modules() if isinstance(m, nn.Linear))
     return {name: "in its own precision" for name in linears if name not in quantized}
-
-
-def _arc_calls(graph: Graph) -> list[str]:
-    targets = (node.target for node in graph.nodes if node.op == "call_function")
-    found = (t for t in targets if getattr(t, "namespace", "") == "arc")
-    return [target.name().removeprefix("arc::") for target in found]

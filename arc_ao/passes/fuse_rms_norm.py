@@ -15,6 +15,7 @@ from torch.fx import Graph, Node
 
 from arc_ao.passes.nodes import (
     aten,
+    augmentation,
     bound,
     calls,
     factors,
@@ -22,6 +23,7 @@ from arc_ao.passes.nodes import (
     meta_of,
     only_users,
     outputs,
+    replace_quantize,
     same_kind,
     uncast,
     value,
@@ -49,7 +51,8 @@ def fuse_rms_norm(graph: Graph) -> int:
         if norm is None or len(normed.users) > 1:
             continue
         if not _fuse_with_add(graph, norm, quantize):
-            _fuse_alone(graph, norm, quantize)
+            producer = (norm.x, norm.weight, norm.eps)
+            replace_quantize(graph, quantize, arc.rms_norm_quant_augment.default, producer)
         fused += 1
     return fused
 
@@ -93,29 +96,12 @@ def _match_inverse_rms(wide: Node, inverse: Node) -> tuple[Node, float] | None:
     return x, total.args[1]
 
 
-def _augmentation(quantize: Node) -> tuple:
-    arguments = bound(quantize)
-    arguments.pop("x")
-    return tuple(arguments.values())
-
-
-def _fuse_alone(graph: Graph, norm: Norm, quantize: Node) -> None:
-    with graph.inserting_before(quantize):
-        fused = graph.call_function(
-            arc.rms_norm_quant_augment.default,
-            (norm.x, norm.weight, norm.eps, *_augmentation(quantize)),
-        )
-    fused.meta = meta_of(quantize)
-    quantize.replace_all_uses_with(fused)
-    graph.erase_node(quantize)
-
-
 def _fuse_with_add(graph: Graph, norm: Norm, quantize: Node) -> bool:
     """Where x is a sum of two tensors alike: put the fused call in the sum's place."""
     total = norm.x
     if not is_call(total, aten.add.Tensor) or total.kwargs or not same_kind(total, *total.args):
         return False
-    arguments = _augmentation(quantize)
+    arguments = augmentation(quantize)
     nodes = [a for a in (norm.weight, *arguments) if isinstance(a, Node)]
     order = {node: i for i, node in enumerate(graph.nodes)}
     if any(order[node] > order[total] for node in nodes):

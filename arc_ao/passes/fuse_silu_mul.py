@@ -11,11 +11,10 @@ from torch.fx import Graph, Node
 
 from arc_ao.passes.nodes import (
     aten,
-    bound,
     calls,
     factors,
     is_call,
-    meta_of,
+    replace_quantize,
     same_kind,
     uncast,
     value,
@@ -33,15 +32,7 @@ def fuse_silu_mul(graph: Graph) -> int:
         found = match_silu_mul(product) if len(product.users) == 1 else None
         if found is None:
             continue
-        arguments = bound(quantize)
-        arguments.pop("x")
-        with graph.inserting_before(quantize):
-            call = graph.call_function(
-                arc.silu_mul_quant_augment.default, (*found, *arguments.values())
-            )
-        call.meta = meta_of(quantize)
-        quantize.replace_all_uses_with(call)
-        graph.erase_node(quantize)
+        replace_quantize(graph, quantize, arc.silu_mul_quant_augment.default, found)
         fused += 1
     return fused
 

@@ -30,6 +30,27 @@ def bound(node: Node) -> dict[str, Any]:
     return {a.name: given.get(a.name, a.default_value) for a in arguments}
 
 
+def augmentation(quantize: Node) -> tuple:
+    """The arguments of an `arc::quant_augment` call behind x, which the fused producers share."""
+    return tuple(bound(quantize).values())[1:]
+
+
+def arc_calls(graph: Graph) -> list[str]:
+    """Names of the operators arc::* that a graph calls, in order."""
+    targets = (node.target for node in graph.nodes if node.op == "call_function")
+    found = (target for target in targets if getattr(target, "namespace", "") == "arc")
+    return [target.name().removeprefix("arc::") for target in found]
+
+
+def replace_quantize(graph: Graph, quantize: Node, operator: Any, producer: tuple) -> None:
+    """Put a fused operator on the producer's inputs in the place of a quantization."""
+    with graph.inserting_before(quantize):
+        fused = graph.call_function(operator, (*producer, *augmentation(quantize)))
+    fused.meta = meta_of(quantize)
+    quantize.replace_all_uses_with(fused)
+    graph.erase_node(quantize)
+
+
 def value(node: Any) -> torch.Tensor | None:
     """The fake tensor that a node stands for; None where tracing left none."""
     found = node.meta.get("val") if isinstance(node, Node) else None
