@@ -51,6 +51,14 @@ def replace_quantize(graph: Graph, quantize: Node, operator: Any, producer: tupl
     graph.erase_node(quantize)
 
 
+def insert_call(graph: Graph, operator: Any, *args: Any, **kwargs: Any) -> Node:
+    """A new call whose arguments have fake tensors, and so has its result."""
+    node = graph.call_function(operator, args, kwargs)
+    fakes = torch.fx.map_arg((args, kwargs), lambda argument: argument.meta["val"])
+    node.meta["val"] = operator(*fakes[0], **fakes[1])
+    return node
+
+
 def value(node: Any) -> torch.Tensor | None:
     """The fake tensor that a node stands for; None where tracing left none."""
     found = node.meta.get("val") if isinstance(node, Node) else None
