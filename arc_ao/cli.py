@@ -121,6 +121,7 @@ def _add_explain(commands: Any) -> None:
     explain.add_argument("model", type=Path, help="quantized model directory")
     explain.add_argument("--tokens", type=int, default=32, help="length of the compiled input")
     explain.add_argument("--graph", type=Path, help="write the graph after the passes here")
+    explain.add_argument("--svg", type=Path, help="draw the flow between the large operators here")
 
 
 def _console() -> Any:
@@ -223,6 +224,8 @@ def _explain(args: argparse.Namespace) -> None:
     print(explanation)
     if args.graph:
         args.graph.write_text(explanation.text)
+    if args.svg:
+        explanation.save_svg(args.svg)
 
 
 def _env(args: argparse.Namespace) -> None:

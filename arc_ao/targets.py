@@ -99,7 +99,8 @@ def _skip_fused_experts(model: nn.Module, targets: Targets) -> None:
     convolution = nn.modules.conv._ConvNd
     for name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() == 3 and not isinstance(module, convolution):
+            several = parameter.dim() == 3 and parameter.shape[0] > 1  # [1, T, K] is an embedding
+            if several and not isinstance(module, convolution):
                 targets.skipped[f"{name}.{key}"] = "fused experts (a 3-D weight) are not supported"
     fused = [name for name, reason in targets.skipped.items() if "fused experts" in reason]
     if fused:

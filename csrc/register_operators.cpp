@@ -27,6 +27,8 @@ const char* const kSchemas[] = {
     ARC_AUGMENTATION_SCHEMA ") -> (Tensor, Tensor, Tensor, Tensor)",
     "silu_mul_quant_augment(Tensor gate, Tensor up, " ARC_AUGMENTATION_SCHEMA
     ") -> (Tensor, Tensor, Tensor)",
+    "gelu_quant_augment(Tensor x, Tensor? up, str approximate, " ARC_AUGMENTATION_SCHEMA
+    ") -> (Tensor, Tensor, Tensor)",
     "nvfp4_gemm(Tensor a, Tensor a_scale, Tensor a_outer, Tensor b, Tensor b_scale, "
     "Tensor b_outer, Tensor? bias, ScalarType out_dtype, Tensor? act_blocks=None, "
     "int base_blocks=0, str b_layout=\"plain\") -> Tensor",
@@ -226,6 +228,25 @@ void silu_mul_quant_augment_boxed(StableIValue* stack, uint64_t, uint64_t) {
   quantize_onto(stack, produce, matrix.rows, augmentation.resolve(op, matrix.channels));
 }
 
+void gelu_quant_augment_boxed(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "gelu_quant_augment";
+  Arguments arguments(stack);
+  const TensorRef x = arguments.tensor(), up = arguments.optional_tensor();
+  const std::string approximate = arguments.string();
+  const AugmentationArguments augmentation(arguments);
+  const Matrix matrix = matrix_of(x, op);
+  ARC_CHECK(approximate == "none" || approximate == "tanh",
+        "gelu_quant_augment: approximate must be one of ('none', 'tanh'), got '" + approximate +
+            "'");
+  if (up) check_same(x, up, op, "up");
+  const auto produce = [&](int64_t m, float* out) {
+    return kernels().gelu_row(
+        row_of(x, matrix, m), up ? row_of(up, matrix, m) : nullptr, approximate == "tanh",
+        matrix.dtype, matrix.channels, out);
+  };
+  quantize_onto(stack, produce, matrix.rows, augmentation.resolve(op, matrix.channels));
+}
+
 // Codes [rows, 8 * blocks] and scales [rows, blocks] of one operand.
 void check_operand(const TensorRef& codes, const TensorRef& scale, const char* name) {
   const bool bytes =
@@ -307,6 +328,7 @@ struct Registration {
         {"rms_norm_quant_augment", rms_norm_quant_augment_boxed},
         {"add_rms_norm_quant_augment", add_rms_norm_quant_augment_boxed},
         {"silu_mul_quant_augment", silu_mul_quant_augment_boxed},
+        {"gelu_quant_augment", gelu_quant_augment_boxed},
         {"nvfp4_gemm", nvfp4_gemm_boxed},
     };
     for (const auto& [name, kernel] : kernels) {

@@ -32,6 +32,21 @@ def test_a_decoder_in_figures(model):
     assert torch._inductor.config.post_grad_custom_pre_pass is before
 
 
+def test_the_flow_of_data_is_drawn(model, tmp_path):
+    """Query, key and value follow one quantization, and attention follows them."""
+    found = arc_ao.explain(model, TOKENS, use_cache=False)
+    labels = {name: data["label"].split("\n") for name, data in found.flow.nodes(data=True)}
+    first = next(name for name, label in labels.items() if label[0] == "rms_norm_quant_augment")
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    assert labels[first][1] == f"[24, {(64 + weight.extra_channels) // 2}]"
+    assert [labels[name][0] for name in found.flow.successors(first)] == ["nvfp4_gemm"] * 3
+    [attention] = [n for n, label in labels.items() if "scaled_dot" in label[0]][:1]
+    assert found.flow.in_degree(attention) == 3
+    found.save_svg(tmp_path / "flow.svg")
+    text = (tmp_path / "flow.svg").read_text()
+    assert text.startswith("<?xml") and text.count("nvfp4_gemm") >= 14
+
+
 def test_graph_breaks_are_told():
     class Broken(nn.Module):
         def __init__(self, linear: nn.Module) -> None:

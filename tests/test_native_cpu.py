@@ -11,6 +11,7 @@ from torch import Tensor
 from arc_ao.formats import nvfp4
 from arc_ao.ops import (
     add_rms_norm_quant_augment,
+    gelu_quant_augment,
     native,
     nvfp4_gemm,
     producers,
@@ -161,6 +162,8 @@ def test_producers_bits(level, dtype, config):
             (x, other, weight, 1e-6),
         ),
         (silu_mul_quant_augment, producers.silu_mul_quant_augment_eager, (x, other)),
+        (gelu_quant_augment, producers.gelu_quant_augment_eager, (x, None, "none")),
+        (gelu_quant_augment, producers.gelu_quant_augment_eager, (x, other, "tanh")),
     ):
         assert_same_bits(operator(*inputs, *rest), eager(*inputs, *rest))
 

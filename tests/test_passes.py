@@ -4,30 +4,18 @@ import time
 
 import pytest
 import torch
+from pass_tools import BLOCKS, OTHERS, count, inputs, quantize, rewritten, traced, unknown
 from tiny_models import tiny_llama
 from torch import Tensor
-from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
 
 import arc_ao
-from arc_ao.ops import producers, quant_augment
+from arc_ao.ops import producers
 from arc_ao.passes.fuse_rms_norm import fuse_rms_norm
 from arc_ao.passes.fuse_silu_mul import fuse_silu_mul
 from arc_ao.passes.pipeline import run_passes
 from arc_ao.passes.share_quantize import share_quantize
 
 EPS = 1e-5
-BLOCKS, OTHERS = torch.tensor([1], dtype=torch.int32), torch.tensor([2], dtype=torch.int32)
-
-
-def inputs(dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    x, other = (torch.randn(2, 5, 64, generator=generator).to(dtype) for _ in range(2))
-    return x, other, torch.randn(64, generator=generator).to(dtype)
-
-
-def quantize(x: Tensor, blocks: Tensor, plan: str = "p", **changes) -> tuple[Tensor, ...]:
-    return quant_augment(x, blocks, blocks, None, "token", plan=plan, **changes)
 
 
 def norm(x: Tensor, weight: Tensor, eps: float = EPS) -> Tensor:
@@ -46,35 +34,6 @@ def silu(gate: Tensor) -> Tensor:
 def by_sigmoid(gate: Tensor) -> Tensor:
     wide = gate.to(torch.float32)
     return (wide * torch.sigmoid(wide)).to(gate.dtype)
-
-
-def traced(fn, *arguments) -> GraphModule:
-    return make_fx(fn, tracing_mode="fake")(*arguments)
-
-
-def count(gm: GraphModule, operator) -> int:
-    """Calls of any overload."""
-    return sum(getattr(n.target, "overloadpacket", None) is operator for n in gm.graph.nodes)
-
-
-def rewritten(fn, rewrite, *arguments) -> tuple[GraphModule, int]:
-    """The graph of `fn` after one pass, and how often it applied; the results must be the same."""
-    gm = traced(fn, *arguments)
-    applied = rewrite(gm.graph)
-    gm.graph.eliminate_dead_code()
-    gm.graph.lint()
-    gm.recompile()
-    flat = torch.utils._pytree.tree_leaves
-    for new, old in zip(flat(gm(*arguments)), flat(fn(*arguments)), strict=True):
-        torch.testing.assert_close(new, old, rtol=0, atol=0, equal_nan=True)
-    return gm, applied
-
-
-def unknown(gm: GraphModule) -> GraphModule:
-    """The graph without what tracing knows of its tensors."""
-    for node in gm.graph.nodes:
-        node.meta.pop("val", None)
-    return gm
 
 
 # share_quantize
@@ -279,10 +238,9 @@ def test_all_passes_in_their_order():
         return gate, up, quantize(silu(total) * y, q, plan="r")
 
     gm = traced(block, *inputs(), BLOCKS, BLOCKS.clone())
-    expected = {"share_quantize": 1, "fuse_rms_norm": 1, "fuse_silu_mul": 1}
-    assert run_passes(gm.graph) == expected
-    again = dict.fromkeys(expected, 0)
-    assert run_passes(gm.graph) == again
+    names = ("share_quantize", "fuse_rms_norm", "fuse_silu_mul", "fuse_gelu", "fold_query_groups")
+    assert run_passes(gm.graph) == dict(zip(names, (1, 1, 1, 0, 0), strict=True))
+    assert run_passes(gm.graph) == dict.fromkeys(names, 0)
 
 
 @pytest.mark.slow

@@ -32,6 +32,7 @@ class Experts(nn.Module):
         self.experts = nn.Module()
         self.experts.gate_up_proj = nn.Parameter(torch.zeros(4, 32, 64))
         self.convolution = nn.Conv1d(4, 4, 3)
+        self.position_embeddings = nn.Parameter(torch.zeros(1, 17, 32))
 
     def forward(self, x):
         return self.linear(x)

@@ -4,6 +4,7 @@ from arc_ao.ops.backends import OPERATORS, backend_report
 from arc_ao.ops.nvfp4_gemm import nvfp4_gemm
 from arc_ao.ops.producers import (
     add_rms_norm_quant_augment,
+    gelu_quant_augment,
     rms_norm_quant_augment,
     silu_mul_quant_augment,
 )
@@ -13,6 +14,7 @@ __all__ = [
     "OPERATORS",
     "add_rms_norm_quant_augment",
     "backend_report",
+    "gelu_quant_augment",
     "nvfp4_gemm",
     "quant_augment",
     "rms_norm_quant_augment",

@@ -9,6 +9,7 @@ OPERATORS = (
     "arc::rms_norm_quant_augment",
     "arc::add_rms_norm_quant_augment",
     "arc::silu_mul_quant_augment",
+    "arc::gelu_quant_augment",
     "arc::nvfp4_gemm",
 )
 

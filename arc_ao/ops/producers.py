@@ -3,6 +3,7 @@
     rms_norm       round(round(x * rms) * weight)     rms = 1 / sqrt(mean(x^2) + eps)
     add_rms_norm   the same of round(x + residual), which is returned too
     silu_mul       round(round(silu(gate)) * up)
+    gelu           round(gelu(x)), and round(round(gelu(x)) * up) where there is an up
 
 followed by `arc::quant_augment`. Rounding is to the dtype of x, where the unfused chain of a model
 in that dtype would store a tensor. The mean is taken in float64, so that no order of summation
@@ -35,6 +36,12 @@ EXP_POLYNOMIAL = (
     5.0000001201e-1,
 )
 EXP_RANGE = (-87.0, 88.0)
+# erfc(z) = (a1 t + ... + a5 t^5) e^(-z^2) for z >= 0, t = 1 / (1 + p z), within 1.5e-7: Abramowitz
+# and Stegun, Handbook of Mathematical Functions, 7.1.26. From a5 to a1.
+ERFC_P = 0.3275911
+ERFC_POLYNOMIAL = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
+TANH_CUBE, TANH_SLOPE = 0.044715, 2 * math.sqrt(2 / math.pi)
+APPROXIMATIONS = ("none", "tanh")
 
 
 def exp(x: Tensor) -> Tensor:
@@ -57,6 +64,25 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     g = gate.float()
     silu = (g / (exp(0.0 - g) + 1.0)).to(gate.dtype)
     return (silu.float() * up.float()).to(gate.dtype)
+
+
+def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """x Phi(x), rounded to the dtype of x.
+
+    By the error function ("none", within 1e-7 |x|), or by its usual approximation ("tanh"),
+    x / (1 + exp(-2 sqrt(2 / pi) (x + 0.044715 x^3))).
+    """
+    v = x.float()
+    if approximate == "tanh":
+        inner = v + (v * v * v) * _constant(TANH_CUBE, v)
+        return (v / (exp(0.0 - inner * _constant(TANH_SLOPE, v)) + 1.0)).to(x.dtype)
+    z = v.abs() * _constant(math.sqrt(0.5), v)
+    t = (z * _constant(ERFC_P, v) + 1.0).reciprocal()
+    p = _constant(ERFC_POLYNOMIAL[0], v).expand_as(v)
+    for coefficient in ERFC_POLYNOMIAL[1:]:
+        p = p * t + _constant(coefficient, v)
+    tail = (p * t * 0.5) * exp(0.0 - z * z)  # Phi(-|x|)
+    return (v * torch.where(v < 0, tail, 1.0 - tail)).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -111,6 +137,32 @@ def silu_mul_quant_augment_eager(gate, up, *augmentation) -> tuple[Tensor, Tenso
     return quant_augment_eager(silu_mul(gate, up), *augmentation)
 
 
+def gelu_quant_augment_eager(x, up, approximate, *augmentation) -> tuple[Tensor, Tensor, Tensor]:
+    """quant_augment of `gelu(x, approximate)`, times `up` where it is not None.
+
+    Args:
+        x: bf16, fp16 or fp32 [*, K]; up: the same, or None; approximate: "none" or "tanh".
+
+    Raises:
+        RuntimeError: shapes or dtypes that differ; another approximation; what `quant_augment`
+            refuses.
+    """
+    _check_gelu(x, up, approximate)
+    y = gelu(x, approximate)
+    if up is not None:
+        y = (y.float() * up.float()).to(x.dtype)
+    return quant_augment_eager(y, *augmentation)
+
+
+def _check_gelu(x: Tensor, up: Tensor | None, approximate: str) -> None:
+    check(
+        approximate in APPROXIMATIONS,
+        f"gelu_quant_augment: approximate must be one of {APPROXIMATIONS}, got {approximate!r}",
+    )
+    if up is not None:
+        _check_same(x, up, "gelu_quant_augment", "up")
+
+
 def _check_same(first: Tensor, other: Tensor, op: str, name: str) -> None:
     check(
         first.shape == other.shape and first.dtype == other.dtype,
@@ -153,4 +205,17 @@ silu_mul_quant_augment = define(
     f"silu_mul_quant_augment(Tensor gate, Tensor up, {AUGMENTATION}) -> (Tensor, Tensor, Tensor)",
     silu_mul_quant_augment_eager,
     lambda gate, up, *rest: _fake("silu_mul_quant_augment", gate, rest),
+)
+
+
+def _gelu_fake(x, up, approximate, *rest):
+    _check_gelu(x, up, approximate)
+    return _fake("gelu_quant_augment", x, rest)
+
+
+gelu_quant_augment = define(
+    f"gelu_quant_augment(Tensor x, Tensor? up, str approximate, {AUGMENTATION}) -> "
+    "(Tensor, Tensor, Tensor)",
+    gelu_quant_augment_eager,
+    _gelu_fake,
 )

@@ -1,9 +1,11 @@
-"""What the compiler made of a quantized model: counts, reasons, passes, and the graph as text."""
+"""What the compiler made of a quantized model: counts, reasons, passes, the graph and a drawing."""
 
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import networkx
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
@@ -11,15 +13,11 @@ from torch._inductor import config
 from torch.fx import Graph
 
 from arc_ao.passes.backend import ArcPass, with_ours
+from arc_ao.passes.draw import data_flow, draw
 from arc_ao.passes.nodes import arc_calls
 from arc_ao.summary import SUMMARY, arc_tensors
 
-QUANTIZERS = (
-    "quant_augment",
-    "rms_norm_quant_augment",
-    "add_rms_norm_quant_augment",
-    "silu_mul_quant_augment",
-)
+QUANTIZE = "quant_augment"  # fused operators end with it
 
 
 @dataclass
@@ -34,6 +32,7 @@ class Explanation:
         graphs: compiled graphs; 1 where nothing broke.
         graph_breaks: reasons of the breaks, and how often.
         text: the graphs after the passes, a line a node.
+        flow: networkx.DiGraph of their large operators (passes/draw.py).
     """
 
     linears: int
@@ -43,16 +42,22 @@ class Explanation:
     graphs: int = 0
     graph_breaks: dict[str, int] = field(default_factory=dict)
     text: str = ""
+    flow: Any = None
+
+    def save_svg(self, path: str | Path) -> None:
+        """Draw the flow of data between the large operators."""
+        draw(self.flow, path)
 
     @property
     def quantizations(self) -> int:
         """Quantizations of an input that one forward makes."""
-        return sum(self.operators.get(name, 0) for name in QUANTIZERS)
+        found = (times for name, times in self.operators.items() if name.endswith(QUANTIZE))
+        return sum(found)
 
     @property
     def fused(self) -> int:
         """Of these, the ones that also make their input."""
-        return self.quantizations - self.operators.get("quant_augment", 0)
+        return self.quantizations - self.operators.get(QUANTIZE, 0)
 
     def __str__(self) -> str:
         lines = [
@@ -80,6 +85,8 @@ class _Recorder(ArcPass):
         e.graphs += 1
         e.passes = dict(Counter(e.passes) + Counter(self.applied))
         e.operators = dict(Counter(e.operators) + Counter(arc_calls(graph)))
+        flow = data_flow(graph, f"{e.graphs}.")
+        e.flow = flow if e.flow is None else networkx.union(e.flow, flow)
         e.text += f"# graph {e.graphs}\n{graph}\n"
 
 

@@ -27,6 +27,7 @@ from arc_ao.passes.nodes import (
     same_kind,
     uncast,
     value,
+    value_tuple,
 )
 
 arc = torch.ops.arc
@@ -123,9 +124,3 @@ def _fuse_with_add(graph: Graph, norm: Norm, quantize: Node) -> bool:
     total.replace_all_uses_with(parts[3])
     graph.erase_node(quantize)
     return True
-
-
-def value_tuple(node: Node) -> tuple | None:
-    """The fake results of a call with several; None where tracing left none."""
-    found = node.meta.get("val")
-    return tuple(found) if isinstance(found, (tuple, list)) else None

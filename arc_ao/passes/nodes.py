@@ -65,6 +65,12 @@ def value(node: Any) -> torch.Tensor | None:
     return found if isinstance(found, torch.Tensor) else None
 
 
+def value_tuple(node: Node) -> tuple | None:
+    """The fake results of a call with several; None where tracing left none."""
+    found = node.meta.get("val")
+    return tuple(found) if isinstance(found, (tuple, list)) else None
+
+
 def meta_of(node: Node) -> dict[str, Any]:
     """Metadata for the node that takes this one's place: all but what describes its arguments."""
     return {k: v for k, v in node.meta.items() if k != "eager_input_vals"}

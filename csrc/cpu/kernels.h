@@ -99,6 +99,9 @@ struct Kernels {
   // silu(gate) * up, each step rounded to dtype, as fp32.
   int32_t (*silu_mul_row)(
       const void* gate, const void* up, DType dtype, int64_t channels, float* out);
+  // gelu(x), times up unless it is null, each step rounded to dtype, as fp32.
+  int32_t (*gelu_row)(
+      const void* x, const void* up, bool tanh, DType dtype, int64_t channels, float* out);
   // x * inverse_rms rounded to dtype, times weight, rounded to dtype, as fp32.
   int32_t (*norm_row)(
       const float* x, const void* weight, DType dtype, float inverse_rms, int64_t channels,

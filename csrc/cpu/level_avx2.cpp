@@ -87,7 +87,7 @@ namespace arc {
 
 extern const Kernels kAVX2;
 const Kernels kAVX2 = {
-    "avx2",   load_row, store_row, quantize_row,       add_row,    silu_mul_row,
-    norm_row, unpack_activations, pack_panel, dot_panel};
+    "avx2", load_row, store_row, quantize_row, add_row, silu_mul_row, gelu_row, norm_row,
+    unpack_activations, pack_panel, dot_panel};
 
 }  // namespace arc

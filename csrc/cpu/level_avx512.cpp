@@ -84,7 +84,7 @@ namespace arc {
 
 extern const Kernels kAVX512;
 const Kernels kAVX512 = {
-    "avx512",   load_row, store_row, quantize_row,       add_row,    silu_mul_row,
-    norm_row, unpack_activations, pack_panel, dot_panel};
+    "avx512", load_row, store_row, quantize_row, add_row, silu_mul_row, gelu_row, norm_row,
+    unpack_activations, pack_panel, dot_panel};
 
 }  // namespace arc

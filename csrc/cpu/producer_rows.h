@@ -47,6 +47,38 @@ int32_t silu_mul_row(
   return max_of_lanes(largest)[0];
 }
 
+// x Phi(x) by the error function: erfc as in Abramowitz and Stegun 7.1.26.
+inline f32x16 gelu_lanes(f32x16 x) {
+  f32x16 z = bits<f32x16>(abs_bits(x)) * splat(0.707106781186547524f);
+  f32x16 t = splat(1.0f) / (z * splat(0.3275911f) + splat(1.0f));
+  f32x16 p = splat(1.061405429f);
+  p = p * t + splat(-1.453152027f);
+  p = p * t + splat(1.421413741f);
+  p = p * t + splat(-0.284496736f);
+  p = p * t + splat(0.254829592f);
+  f32x16 tail = (p * t * splat(0.5f)) * exp_lanes(splat(0.0f) - z * z);
+  return x * (x < splat(0.0f) ? tail : splat(1.0f) - tail);
+}
+
+inline f32x16 tanh_gelu_lanes(f32x16 x) {
+  constexpr float kSlope = 1.5957691216057308f;  // 2 sqrt(2 / pi)
+  f32x16 inner = x + (x * x * x) * splat(0.044715f);
+  return x / (exp_lanes(splat(0.0f) - inner * splat(kSlope)) + splat(1.0f));
+}
+
+int32_t gelu_row(
+    const void* x, const void* up, bool tanh, DType dtype, int64_t channels, float* out) {
+  i32x16 largest = {};
+  for (int64_t i = 0; i < channels; i += kLanes) {
+    f32x16 v = load_any(x, dtype, i, channels);
+    v = round_to(tanh ? tanh_gelu_lanes(v) : gelu_lanes(v), dtype);
+    if (up != nullptr) v = round_to(v * load_any(up, dtype, i, channels), dtype);
+    largest = max(largest, abs_bits(v));
+    store(out + i, v);
+  }
+  return max_of_lanes(largest)[0];
+}
+
 int32_t norm_row(
     const float* x, const void* weight, DType dtype, float inverse_rms, int64_t channels,
     float* out) {
