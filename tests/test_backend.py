@@ -4,8 +4,10 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 import expecttest
 import pytest
@@ -14,10 +16,12 @@ from tiny_models import VOCAB_SIZE, tiny_llama
 from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor import config
+from torch.fx import Graph
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import arc_ao
 from arc_ao.passes import backend
+from arc_ao.passes.draw import data_flow
 from arc_ao.passes.nodes import arc_calls
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,13 +44,13 @@ def quantized(model: nn.Module) -> nn.Module:
     return model.requires_grad_(False)
 
 
-def record_calls(patch: pytest.MonkeyPatch) -> list[list[str]]:
-    """A list that gets the arc operators of every graph that is compiled, after the passes."""
+def record_graphs(patch: pytest.MonkeyPatch, read: Callable[[Graph], Any]) -> list[Any]:
+    """A list that gets `read(graph)` of every graph that is compiled, after the passes."""
     recorded, run_passes = [], backend.run_passes
 
     def run_and_record(graph):
         applied = run_passes(graph)
-        recorded.append(arc_calls(graph))
+        recorded.append(read(graph))
         return applied
 
     patch.setattr(backend, "run_passes", run_and_record)
@@ -55,7 +59,7 @@ def record_calls(patch: pytest.MonkeyPatch) -> list[list[str]]:
 
 @pytest.fixture
 def calls(monkeypatch) -> list[list[str]]:
-    return record_calls(monkeypatch)
+    return record_graphs(monkeypatch, arc_calls)
 
 
 @pytest.fixture(autouse=True)
@@ -66,29 +70,60 @@ def fresh():
         yield
 
 
+def last_block(model: nn.Module) -> str:
+    """The large operators of a decoder's last block, each behind the numbers of its sources."""
+    with pytest.MonkeyPatch.context() as patch:
+        recorded = record_graphs(patch, data_flow)
+        compiled = torch.compile(quantized(model), backend=backend.arc, fullgraph=True)
+        compiled(TOKENS, use_cache=False)
+    [flow] = recorded
+    names = list(flow.nodes)
+    first = 1 + (len(names) - 2) // LAYERS * (LAYERS - 1)  # behind the embedding, before the head
+    lines = []
+    for name in names[first:-1]:
+        sources = sorted(names.index(source) - first for source in flow.predecessors(name))
+        operator, shape = flow.nodes[name]["label"].split("\n")
+        lines.append(f"{len(lines)} {operator} {shape} <- {sources}")
+    return "\n".join(lines)
+
+
 class TestDecoders(expecttest.TestCase):
-    def test_one_block(self):
-        """The second block of a Llama: four quantizations, three of them fused, seven products."""
-        with pytest.MonkeyPatch.context() as patch:
-            recorded = record_calls(patch)
-            compiled = torch.compile(quantized(tiny_llama()), backend=backend.arc, fullgraph=True)
-            compiled(TOKENS, use_cache=False)
-        names = recorded[0]
-        block = "\n".join(names[len(names) // LAYERS :])
+    """One block after the passes: four quantizations, three of them fused, seven products."""
+
+    def test_a_block_of_llama(self):
         self.assertExpectedInline(
-            block,
+            last_block(tiny_llama()),
             """\
-add_rms_norm_quant_augment
-nvfp4_gemm
-nvfp4_gemm
-nvfp4_gemm
-quant_augment
-nvfp4_gemm
-add_rms_norm_quant_augment
-nvfp4_gemm
-nvfp4_gemm
-silu_mul_quant_augment
-nvfp4_gemm""",
+0 add_rms_norm_quant_augment [96, 56] <- [-1]
+1 nvfp4_gemm [96, 64] <- [0]
+2 nvfp4_gemm [96, 32] <- [0]
+3 nvfp4_gemm [96, 32] <- [0]
+4 scaled_dot_product_flash_attention_for_cpu [2, 4, 48, 16] <- [1, 2, 3]
+5 quant_augment [96, 32] <- [4]
+6 nvfp4_gemm [96, 64] <- [5]
+7 add_rms_norm_quant_augment [96, 32] <- [6]
+8 nvfp4_gemm [96, 128] <- [7]
+9 nvfp4_gemm [96, 128] <- [7]
+10 silu_mul_quant_augment [96, 64] <- [8, 9]
+11 nvfp4_gemm [96, 64] <- [10]""",
+        )
+
+    def test_a_block_of_qwen(self):
+        self.assertExpectedInline(
+            last_block(qwen()),
+            """\
+0 add_rms_norm_quant_augment [96, 56] <- [-1]
+1 nvfp4_gemm [96, 64] <- [0]
+2 nvfp4_gemm [96, 32] <- [0]
+3 nvfp4_gemm [96, 32] <- [0]
+4 scaled_dot_product_flash_attention_for_cpu [2, 4, 48, 16] <- [1, 2, 3]
+5 quant_augment [96, 32] <- [4]
+6 nvfp4_gemm [96, 64] <- [5]
+7 add_rms_norm_quant_augment [96, 32] <- [6]
+8 nvfp4_gemm [96, 128] <- [7]
+9 nvfp4_gemm [96, 128] <- [7]
+10 silu_mul_quant_augment [96, 64] <- [8, 9]
+11 nvfp4_gemm [96, 64] <- [10]""",
         )
 
 
