@@ -8,7 +8,7 @@ namespace {
 // fp32 value of e4m3 bits 0..0x7e; 0x7f gives NaN.
 inline f32x16 e4m3_value(i32x16 code) {
   f32x16 v = bits<f32x16>(code << 20) * splat(0x1p120f);
-  return code == 0x7F ? splat(__builtin_nanf("")) : v;
+  return select(less(code, every(0x7F)), v, splat(__builtin_nanf("")));
 }
 
 inline float e4m3_scalar(uint8_t code) {

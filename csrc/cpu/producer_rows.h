@@ -10,8 +10,7 @@ namespace {
 // and additions, as in producers.exp, so that the bits agree.
 inline f32x16 exp_lanes(f32x16 x) {
   constexpr float kLog2E = 1.44269504088896341f, kRound = 12582912.0f;  // 1.5 * 2^23
-  x = x > splat(88.0f) ? splat(88.0f) : x;
-  x = x < splat(-87.0f) ? splat(-87.0f) : x;
+  x = clamp(x, -87.0f, 88.0f);
   f32x16 shifted = x * splat(kLog2E) + splat(kRound);
   f32x16 n = shifted - splat(kRound);
   f32x16 r = x - n * splat(0.693359375f);
@@ -27,26 +26,6 @@ inline f32x16 exp_lanes(f32x16 x) {
   return y * bits<f32x16>(power);
 }
 
-void add_row(const void* x, const void* y, DType dtype, int64_t channels, float* out) {
-  for (int64_t i = 0; i < channels; i += kLanes) {
-    f32x16 sum = load_any(x, dtype, i, channels) + load_any(y, dtype, i, channels);
-    store(out + i, round_to(sum, dtype));
-  }
-}
-
-int32_t silu_mul_row(
-    const void* gate, const void* up, DType dtype, int64_t channels, float* out) {
-  i32x16 largest = {};
-  for (int64_t i = 0; i < channels; i += kLanes) {
-    f32x16 g = load_any(gate, dtype, i, channels), u = load_any(up, dtype, i, channels);
-    f32x16 silu = round_to(g / (splat(1.0f) + exp_lanes(splat(0.0f) - g)), dtype);
-    f32x16 v = round_to(silu * u, dtype);
-    largest = max(largest, abs_bits(v));
-    store(out + i, v);
-  }
-  return max_of_lanes(largest)[0];
-}
-
 // x Phi(x) by the error function: erfc as in Abramowitz and Stegun 7.1.26.
 inline f32x16 gelu_lanes(f32x16 x) {
   f32x16 z = bits<f32x16>(abs_bits(x)) * splat(0.707106781186547524f);
@@ -57,7 +36,7 @@ inline f32x16 gelu_lanes(f32x16 x) {
   p = p * t + splat(-0.284496736f);
   p = p * t + splat(0.254829592f);
   f32x16 tail = (p * t * splat(0.5f)) * exp_lanes(splat(0.0f) - z * z);
-  return x * (x < splat(0.0f) ? tail : splat(1.0f) - tail);
+  return x * select(bits<i32x16>(x) >> 31, tail, splat(1.0f) - tail);
 }
 
 inline f32x16 tanh_gelu_lanes(f32x16 x) {
@@ -66,30 +45,60 @@ inline f32x16 tanh_gelu_lanes(f32x16 x) {
   return x / (exp_lanes(splat(0.0f) - inner * splat(kSlope)) + splat(1.0f));
 }
 
+void add_row(const void* x, const void* y, DType dtype, int64_t channels, float* out) {
+  with_dtype(dtype, [&](auto type) {
+    for_vectors(channels, [&](int64_t i, auto whole) {
+      f32x16 sum = load_row_lanes(x, i, channels, type, whole) +
+                   load_row_lanes(y, i, channels, type, whole);
+      store(out + i, round_to(sum, type));
+    });
+  });
+}
+
+int32_t silu_mul_row(
+    const void* gate, const void* up, DType dtype, int64_t channels, float* out) {
+  LargestBits largest;
+  with_dtype(dtype, [&](auto type) {
+    for_vectors(channels, [&](int64_t i, auto whole) {
+      f32x16 g = load_row_lanes(gate, i, channels, type, whole);
+      f32x16 u = load_row_lanes(up, i, channels, type, whole);
+      f32x16 silu = round_to(g / (splat(1.0f) + exp_lanes(splat(0.0f) - g)), type);
+      f32x16 v = round_to(silu * u, type);
+      largest.add(v);
+      store(out + i, v);
+    });
+  });
+  return largest.value();
+}
+
 int32_t gelu_row(
     const void* x, const void* up, bool tanh, DType dtype, int64_t channels, float* out) {
-  i32x16 largest = {};
-  for (int64_t i = 0; i < channels; i += kLanes) {
-    f32x16 v = load_any(x, dtype, i, channels);
-    v = round_to(tanh ? tanh_gelu_lanes(v) : gelu_lanes(v), dtype);
-    if (up != nullptr) v = round_to(v * load_any(up, dtype, i, channels), dtype);
-    largest = max(largest, abs_bits(v));
-    store(out + i, v);
-  }
-  return max_of_lanes(largest)[0];
+  LargestBits largest;
+  with_dtype(dtype, [&](auto type) {
+    for_vectors(channels, [&](int64_t i, auto whole) {
+      f32x16 v = load_row_lanes(x, i, channels, type, whole);
+      v = round_to(tanh ? tanh_gelu_lanes(v) : gelu_lanes(v), type);
+      if (up) v = round_to(v * load_row_lanes(up, i, channels, type, whole), type);
+      largest.add(v);
+      store(out + i, v);
+    });
+  });
+  return largest.value();
 }
 
 int32_t norm_row(
     const float* x, const void* weight, DType dtype, float inverse_rms, int64_t channels,
     float* out) {
-  i32x16 largest = {};
-  for (int64_t i = 0; i < channels; i += kLanes) {
-    f32x16 normed = round_to(load<f32x16>(x + i) * splat(inverse_rms), dtype);
-    f32x16 v = round_to(load_any(weight, dtype, i, channels) * normed, dtype);
-    largest = max(largest, abs_bits(v));
-    store(out + i, v);
-  }
-  return max_of_lanes(largest)[0];
+  LargestBits largest;
+  with_dtype(dtype, [&](auto type) {
+    for_vectors(channels, [&](int64_t i, auto whole) {
+      f32x16 normed = round_to(load<f32x16>(x + i) * splat(inverse_rms), type);
+      f32x16 v = round_to(load_row_lanes(weight, i, channels, type, whole) * normed, type);
+      largest.add(v);
+      store(out + i, v);
+    });
+  });
+  return largest.value();
 }
 
 }  // namespace

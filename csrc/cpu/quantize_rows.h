@@ -3,6 +3,8 @@
 // (-ffp-contract=off), so that every level gives the same bits.
 #pragma once
 
+#include <type_traits>
+
 #include "e4m3.h"
 #include "kernels.h"
 #include "simd.h"
@@ -15,77 +17,126 @@ constexpr int32_t kInfBits = 0x7F800000;
 constexpr float kSixth = 1.0f / 6.0f;
 constexpr float kQuarter = 1.0f / 4.0f;
 
-inline f32x16 load_lanes(const void* x, DType dtype, int64_t i) {
-  if (dtype == DType::kFloat) return load<f32x16>(static_cast<const float*>(x) + i);
-  u16x16 raw = load<u16x16>(static_cast<const uint16_t*>(x) + i);
-  return dtype == DType::kBFloat16 ? from_bf16(raw) : from_half(raw);
+// Calls run(std::integral_constant<DType, dtype>): what it does is compiled for each dtype. A vector
+// that depends on a branch would be kept in memory where it is wider than a register.
+template <class Run>
+inline void with_dtype(DType dtype, Run run) {
+  if (dtype == DType::kFloat) run(std::integral_constant<DType, DType::kFloat>{});
+  else if (dtype == DType::kBFloat16) run(std::integral_constant<DType, DType::kBFloat16>{});
+  else run(std::integral_constant<DType, DType::kHalf>{});
 }
 
-// The last channels of a row that is no multiple of 16, zeros behind them.
-inline f32x16 load_tail(const void* x, DType dtype, int64_t i, int64_t channels) {
-  alignas(64) char padded[64] = {};
-  const int64_t size = arc::size_of(dtype);
-  std::memcpy(padded, static_cast<const char*>(x) + i * size, (channels - i) * size);
-  return load_lanes(padded, dtype, 0);
+// Calls step(i, whole) for every 16 channels from i on; `whole` is a type that says whether there
+// are 16, for at the end of a row there may be fewer.
+template <class Step>
+inline void for_vectors(int64_t channels, Step step) {
+  int64_t i = 0;
+  for (; i + kLanes <= channels; i += kLanes) step(i, std::true_type{});
+  if (i < channels) step(i, std::false_type{});
 }
 
-inline f32x16 load_any(const void* x, DType dtype, int64_t i, int64_t channels) {
-  return i + kLanes <= channels ? load_lanes(x, dtype, i) : load_tail(x, dtype, i, channels);
+template <DType kType>
+inline f32x16 load_lanes(const void* x, int64_t i) {
+  if constexpr (kType == DType::kFloat) return load<f32x16>(static_cast<const float*>(x) + i);
+  else {
+    u16x16 raw = load<u16x16>(static_cast<const uint16_t*>(x) + i);
+    if constexpr (kType == DType::kBFloat16) return from_bf16(raw);
+    else return from_half(raw);
+  }
 }
 
-inline f32x16 round_to(f32x16 v, DType dtype) {
-  if (dtype == DType::kFloat) return v;
-  return dtype == DType::kBFloat16 ? from_bf16(to_bf16(v)) : from_half(to_half(v));
+// Channels i .. i + 15 as fp32, zeros behind the row.
+template <class Type, class Whole>
+inline f32x16 load_row_lanes(const void* x, int64_t i, int64_t channels, Type, Whole) {
+  if constexpr (Whole::value) return load_lanes<Type::value>(x, i);
+  else {
+    alignas(64) char padded[64] = {};
+    const int64_t size = arc::size_of(Type::value);
+    std::memcpy(padded, static_cast<const char*>(x) + i * size, (channels - i) * size);
+    return load_lanes<Type::value>(padded, 0);
+  }
 }
+
+template <class Type>
+inline f32x16 round_to(f32x16 v, Type) {
+  if constexpr (Type::value == DType::kFloat) return v;
+  else if constexpr (Type::value == DType::kBFloat16) return from_bf16(to_bf16(v));
+  else return from_half(to_half(v));
+}
+
+// The largest magnitude so far, by bits: NaN above Inf above every number.
+struct LargestBits {
+  i32x8 lanes = {};
+
+  void add(f32x16 v) {
+    i32x16 magnitude = abs_bits(v);
+    lanes = max_of(lanes, max_of(low_half(magnitude), high_half(magnitude)));
+  }
+  int32_t value() const { return largest_lane(lanes); }
+};
 
 int32_t load_row(const void* x, DType dtype, int64_t channels, float* out) {
-  i32x16 largest = {};
-  for (int64_t i = 0; i < channels; i += kLanes) {
-    f32x16 v = load_any(x, dtype, i, channels);
-    largest = max(largest, abs_bits(v));
-    store(out + i, v);
-  }
-  return max_of_lanes(largest)[0];
+  LargestBits largest;
+  with_dtype(dtype, [&](auto type) {
+    for_vectors(channels, [&](int64_t i, auto whole) {
+      f32x16 v = load_row_lanes(x, i, channels, type, whole);
+      largest.add(v);
+      store(out + i, v);
+    });
+  });
+  return largest.value();
+}
+
+template <class Type>
+inline void store_lanes(void* out, f32x16 v, Type) {
+  if constexpr (Type::value == DType::kFloat) store(out, v);
+  else if constexpr (Type::value == DType::kBFloat16) store(out, to_bf16(v));
+  else store(out, to_half(v));
 }
 
 void store_row(const float* x, DType dtype, int64_t channels, void* out) {
-  for (int64_t i = 0; i < channels; i += kLanes) {
-    f32x16 v = load_any(x, DType::kFloat, i, channels);
-    alignas(64) char lanes[64];
-    if (dtype == DType::kFloat) store(lanes, v);
-    else if (dtype == DType::kBFloat16) store(lanes, to_bf16(v));
-    else store(lanes, to_half(v));
-    const int64_t size = arc::size_of(dtype), count = channels - i < kLanes ? channels - i : kLanes;
-    std::memcpy(static_cast<char*>(out) + i * size, lanes, count * size);
-  }
+  constexpr std::integral_constant<DType, DType::kFloat> fp32;
+  const int64_t size = arc::size_of(dtype);
+  with_dtype(dtype, [&](auto type) {
+    for_vectors(channels, [&](int64_t i, auto whole) {
+      f32x16 v = load_row_lanes(x, i, channels, fp32, whole);
+      char* to = static_cast<char*>(out) + i * size;
+      if constexpr (decltype(whole)::value) return store_lanes(to, v, type);
+      alignas(64) char lanes[64];
+      store_lanes(lanes, v, type);
+      std::memcpy(to, lanes, (channels - i) * size);
+    });
+  });
 }
 
 // e4m3 bits of v >= 0, nearest even in [2^-9, 448]; Inf and NaN (which come as lanes that are not
 // below Inf) give 0x7f.
 inline i32x16 e4m3_bits(f32x16 v) {
-  i32x16 finite = abs_bits(v) < kInfBits;
-  v = v < splat(0x1p-9f) ? splat(0x1p-9f) : v;
-  v = v > splat(448.0f) ? splat(448.0f) : v;
-  u32x16 u = bits<u32x16>(v);
+  i32x16 magnitude = abs_bits(v);
+  i32x16 finite = less(magnitude, every(kInfBits));
+  i32x16 clamped = max(magnitude, every(bits<int32_t>(0x1p-9f)));
+  clamped = min(clamped, every(bits<int32_t>(448.0f)));
+  u32x16 u = bits<u32x16>(clamped);
   u32x16 normal = ((u + 0x7FFFF + ((u >> 20) & 1)) >> 20) - (120 << 3);
   // Below 2^-6 the unit of the last place is 2^-9: that of v + 2^14.
-  u32x16 subnormal = bits<u32x16>(v + splat(0x1p14f)) - bits<uint32_t>(0x1p14f);
-  u32x16 code = u < bits<uint32_t>(0x1p-6f) ? subnormal : normal;
-  return finite ? bits<i32x16>(code) : i32x16{} + 0x7F;
+  u32x16 shifted = bits<u32x16>(bits<f32x16>(clamped) + splat(0x1p14f));
+  u32x16 subnormal = shifted - bits<uint32_t>(0x1p14f);
+  u32x16 code = select(less(clamped, every(bits<int32_t>(0x1p-6f))), subnormal, normal);
+  return select(finite, bits<i32x16>(code), every(0x7F));
 }
 
 // 4-bit codes of v in every lane: nearest, ties to even, saturating at 6; NaN gives 0.
 inline i32x16 e2m1_codes(f32x16 v) {
   i32x16 u = bits<i32x16>(v), magnitude = u & 0x7FFFFFFF;
-  f32x16 a = bits<f32x16>(min(magnitude, i32x16{} + bits<int32_t>(8.0f)));
+  f32x16 a = bits<f32x16>(min(magnitude, every(bits<int32_t>(8.0f))));
   // Between 2^e and 2^(e+1), and below 2 for e = 0, the unit is 2^(e-1): that of a + 2^(e+22).
   i32x16 exponent = bits<i32x16>(a) & kInfBits;
-  exponent = max(exponent, i32x16{} + bits<int32_t>(1.0f));
+  exponent = max(exponent, every(bits<int32_t>(1.0f)));
   i32x16 shifter = exponent + (22 << 23);
   i32x16 units = bits<i32x16>(a + bits<f32x16>(shifter)) - shifter;
-  i32x16 index = min(units + (exponent >> 22) - (127 << 1), i32x16{} + 7);
+  i32x16 index = min(units + (exponent >> 22) - (127 << 1), every(7));
   i32x16 code = index | ((u >> 28) & 8);
-  return magnitude > kInfBits ? i32x16{} : code;
+  return select(less(every(kInfBits), magnitude), i32x16{}, code);
 }
 
 // e2m1 values of 4-bit codes.
@@ -94,22 +145,23 @@ inline f32x16 e2m1_values(i32x16 code) {
   // 0 and 0.5 are index / 2; from 1 on the index is exponent and mantissa bit.
   i32x16 normal = (index << 22) + (126 << 23);
   f32x16 small = bits<f32x16>((index & 1) * bits<int32_t>(0.5f));
-  f32x16 magnitude = index < 2 ? small : bits<f32x16>(normal);
+  f32x16 magnitude = select(less(index, every(2)), small, bits<f32x16>(normal));
   return bits<f32x16>(bits<u32x16>(magnitude) | (bits<u32x16>(code & 8) << 28));
 }
 
 // Two codes a byte, element 2i in the low nibble.
 inline u8x8 pack_codes(i32x16 codes) {
-  u16x8 pairs = bits<u16x8>(__builtin_convertvector(codes, u8x16));
+  u16x8 pairs = bits<u16x8>(low_bytes(codes));
   return __builtin_convertvector((pairs & 0xF) | (pairs >> 4), u8x8);
 }
 
 // Sum of squares as a tree of halves, the order of nvfp4.squared_error.
 inline float sum_of_squares(f32x16 error) {
-  f32x16 t = error * error;
-  t = t + __builtin_shuffle(t, i32x16{8, 9, 10, 11, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15});
-  t = t + __builtin_shuffle(t, i32x16{4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7});
-  t = t + __builtin_shuffle(t, i32x16{2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3});
+  f32x16 squares = error * error;
+  f32x8 t = __builtin_shufflevector(squares, squares, 0, 1, 2, 3, 4, 5, 6, 7) +
+            __builtin_shufflevector(squares, squares, 8, 9, 10, 11, 12, 13, 14, 15);
+  t = t + __builtin_shufflevector(t, t, 4, 5, 6, 7, 4, 5, 6, 7);
+  t = t + __builtin_shufflevector(t, t, 2, 3, 2, 3, 2, 3, 2, 3);
   return t[0] + t[1];
 }
 
@@ -146,7 +198,8 @@ void quantize_row_as(
     alignas(64) int32_t block_max[kScalesAtOnce] = {};
     for (int64_t b = 0; b < count; ++b) {
       f32x16 xs = load<f32x16>(x + (first + b) * kLanes) * multiplier;
-      block_max[b] = max_of_lanes(abs_bits(xs))[0];
+      i32x16 magnitude = abs_bits(xs);
+      block_max[b] = largest_lane(max_of(low_half(magnitude), high_half(magnitude)));
     }
     BlockScales six, four;
     make_scales(load<f32x16>(block_max), kSixth, six);

@@ -19,6 +19,8 @@ constexpr int kLanes = 16;  // also the block size of NVFP4
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef float f32x8 __attribute__((vector_size(32)));
+typedef int32_t i32x8 __attribute__((vector_size(32)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef uint16_t u16x8 __attribute__((vector_size(16)));
 typedef uint8_t u8x16 __attribute__((vector_size(16)));
@@ -46,18 +48,76 @@ inline To bits(From v) {
 
 inline f32x16 splat(float v) { return v - f32x16{}; }
 
-inline i32x16 max(i32x16 a, i32x16 b) { return a > b ? a : b; }
-inline i32x16 min(i32x16 a, i32x16 b) { return a < b ? a : b; }
+// -1 where a < b, for lanes whose difference does not overflow, such as numbers from 0 on. Without
+// masks of its own width, GCC compares a vector that is wider than a register lane by lane; shifts
+// and logic it splits into registers.
+inline i32x16 less(i32x16 a, i32x16 b) {
+#if defined(__AVX512F__)
+  return a < b;
+#else
+  return (a - b) >> 31;
+#endif
+}
+
+// a where mask is -1, b where it is 0.
+template <typename V>
+inline V select(i32x16 mask, V a, V b) {
+#if defined(__AVX512F__)
+  return mask ? a : b;
+#else
+  return bits<V>((bits<i32x16>(a) & mask) | (bits<i32x16>(b) & ~mask));
+#endif
+}
+
+// Of lanes whose difference does not overflow.
+inline i32x16 max(i32x16 a, i32x16 b) {
+#if defined(__AVX512F__)
+  return a > b ? a : b;
+#else
+  return select(less(a, b), b, a);
+#endif
+}
+inline i32x16 min(i32x16 a, i32x16 b) {
+#if defined(__AVX512F__)
+  return a < b ? a : b;
+#else
+  return select(less(a, b), a, b);
+#endif
+}
+
+inline i32x16 every(int32_t v) { return i32x16{} + v; }
 
 // Bits of |v|: ordered as integers like the values, with Inf and NaN above every finite number.
 inline i32x16 abs_bits(f32x16 v) { return bits<i32x16>(v) & 0x7FFFFFFF; }
 
-// Largest lane, in every lane.
-inline i32x16 max_of_lanes(i32x16 v) {
-  v = max(v, __builtin_shuffle(v, i32x16{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7}));
-  v = max(v, __builtin_shuffle(v, i32x16{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11}));
-  v = max(v, __builtin_shuffle(v, i32x16{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13}));
-  return max(v, __builtin_shuffle(v, i32x16{1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14}));
+inline i32x8 low_half(i32x16 v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7); }
+inline i32x8 high_half(i32x16 v) {
+  return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+
+inline i32x8 max_of(i32x8 a, i32x8 b) { return a > b ? a : b; }
+
+inline int32_t largest_lane(i32x8 v) {
+  v = max_of(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3));
+  v = max_of(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5));
+  return v[0] > v[1] ? v[0] : v[1];
+}
+
+// x within low and high; NaN stays.
+inline f32x16 clamp(f32x16 x, float low, float high) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const auto half = [&](f32x8 v) {  // of a NaN in the second operand the result is that operand
+    v = f32x8(_mm256_min_ps(_mm256_set1_ps(high), __m256(v)));
+    return f32x8(_mm256_max_ps(_mm256_set1_ps(low), __m256(v)));
+  };
+  f32x8 first = half(__builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7));
+  f32x8 second = half(__builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15));
+  return __builtin_shufflevector(
+      first, second, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+  x = x > splat(high) ? splat(high) : x;
+  return x < splat(low) ? splat(low) : x;
+#endif
 }
 
 // Bytes to 32-bit lanes. GCC 12 turns __builtin_convertvector into sixteen scalar moves here.
@@ -74,8 +134,39 @@ inline i32x16 widen(u8x16 v) {
 #endif
 }
 
+// The low byte of every lane, of lanes from 0 to 255.
+inline u8x16 low_bytes(i32x16 v) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  __m256i words = _mm256_packus_epi32(__m256i(low_half(v)), __m256i(high_half(v)));
+  words = _mm256_permute4x64_epi64(words, 0xD8);  // packing works by halves of a register
+  __m128i low = _mm256_castsi256_si128(words), high = _mm256_extracti128_si256(words, 1);
+  return u8x16(_mm_packus_epi16(low, high));
+#else
+  return __builtin_convertvector(v, u8x16);
+#endif
+}
+
+// The low 16 bits of every lane.
+inline u16x16 low_words(u32x16 v) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  i32x16 lanes = bits<i32x16>(v & 0xFFFF);
+  __m256i words = _mm256_packus_epi32(__m256i(low_half(lanes)), __m256i(high_half(lanes)));
+  return u16x16(_mm256_permute4x64_epi64(words, 0xD8));
+#else
+  return __builtin_convertvector(v, u16x16);
+#endif
+}
+
 inline f32x16 from_bf16(u16x16 v) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i words = __m256i(v);
+  __m256i halves[2] = {
+      _mm256_cvtepu16_epi32(_mm256_castsi256_si128(words)),
+      _mm256_cvtepu16_epi32(_mm256_extracti128_si256(words, 1))};
+  return bits<f32x16>(load<u32x16>(halves) << 16);
+#else
   return bits<f32x16>(__builtin_convertvector(v, u32x16) << 16);
+#endif
 }
 
 inline float half_to_float(uint16_t h) {
@@ -133,7 +224,8 @@ inline u16x16 to_bf16(f32x16 v) {
   u32x16 u = bits<u32x16>(v);
   u32x16 rounded = (u + 0x7FFF + ((u >> 16) & 1)) >> 16;
   u32x16 quiet = u32x16{} + 0x7FC0;
-  return __builtin_convertvector(v == v ? rounded : quiet, u16x16);
+  u32x16 out = select(less(every(0x7F800000), abs_bits(v)), quiet, rounded);
+  return low_words(out);
 }
 
 }  // namespace
