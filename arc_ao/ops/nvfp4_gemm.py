@@ -55,14 +55,14 @@ def nvfp4_gemm_eager(
             b_layout that do not fit the operands.
     """
     if b_layout == "swizzled":
-        _check_swizzled(a, a_scale, b, b_scale)
+        check_swizzled(a, a_scale, b, b_scale)
         (a, a_scale), (b, b_scale) = unswizzle(a, a_scale), unswizzle(b, b_scale)
         act_blocks = None
     else:
-        _check(a, a_scale, b, b_scale, act_blocks, base_blocks, b_layout)
+        check_operands(a, a_scale, b, b_scale, act_blocks, base_blocks, b_layout)
     if b_layout == "panels":
         b, b_scale = from_panels(b, b_scale)
-    _check_epilogue(a_outer, bias, a.shape[0], b.shape[0])
+    check_epilogue(a_outer, bias, a.shape[0], b.shape[0])
     left = nvfp4.decode(a, a_scale)  # [M, K_aug]
     y = left.new_empty((a.shape[0], b.shape[0]))
     with torch.autocast(a.device.type, enabled=False):  # autocast would round the sums to bf16
@@ -100,7 +100,7 @@ def _nvfp4_gemm_fake(
     return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
 
 
-def _check(
+def check_operands(
     a: Tensor,
     a_scale: Tensor,
     b: Tensor,
@@ -133,7 +133,7 @@ def _check(
     )
 
 
-def _check_swizzled(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> None:
+def check_swizzled(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> None:
     check(
         a.shape[1] == b.shape[1] and a.shape[1] % nvfp4.BLOCK_SIZE == 0,
         f"nvfp4_gemm: a has K_aug = {2 * a.shape[1]}, swizzled b has {2 * b.shape[1]}, expected "
@@ -149,7 +149,7 @@ def _check_swizzled(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> N
         )
 
 
-def _check_epilogue(a_outer: Tensor, bias: Tensor | None, rows: int, cols: int) -> None:
+def check_epilogue(a_outer: Tensor, bias: Tensor | None, rows: int, cols: int) -> None:
     check(
         a_outer.shape in ((1,), (rows,)),
         f"nvfp4_gemm: a_outer must have shape [1] or [{rows}], got {list(a_outer.shape)}",

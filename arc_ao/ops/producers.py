@@ -84,7 +84,7 @@ def rms_norm_quant_augment_eager(x, weight, eps, *augmentation) -> tuple[Tensor,
     Raises:
         RuntimeError: a weight of another shape or dtype; what `quant_augment` refuses.
     """
-    _check_norm(x, weight, "rms_norm_quant_augment")
+    check_norm(x, weight, "rms_norm_quant_augment")
     return quant_augment_eager(rms_norm(x, weight, eps), *augmentation)
 
 
@@ -95,8 +95,8 @@ def add_rms_norm_quant_augment_eager(
 
     Args and Raises as in `rms_norm_quant_augment_eager`; residual has the shape and dtype of x.
     """
-    _check_same(x, residual, "add_rms_norm_quant_augment", "residual")
-    _check_norm(x, weight, "add_rms_norm_quant_augment")
+    check_same(x, residual, "add_rms_norm_quant_augment", "residual")
+    check_norm(x, weight, "add_rms_norm_quant_augment")
     total = (x.float() + residual.float()).to(x.dtype)
     return *quant_augment_eager(rms_norm(total, weight, eps), *augmentation), total
 
@@ -107,11 +107,11 @@ def silu_mul_quant_augment_eager(gate, up, *augmentation) -> tuple[Tensor, Tenso
     Raises:
         RuntimeError: shapes or dtypes that differ; what `quant_augment` refuses.
     """
-    _check_same(gate, up, "silu_mul_quant_augment", "up")
+    check_same(gate, up, "silu_mul_quant_augment", "up")
     return quant_augment_eager(silu_mul(gate, up), *augmentation)
 
 
-def _check_same(first: Tensor, other: Tensor, op: str, name: str) -> None:
+def check_same(first: Tensor, other: Tensor, op: str, name: str) -> None:
     check(
         first.shape == other.shape and first.dtype == other.dtype,
         f"{op}: {name} must have the shape and dtype of the first input, {list(first.shape)}, got "
@@ -119,7 +119,7 @@ def _check_same(first: Tensor, other: Tensor, op: str, name: str) -> None:
     )
 
 
-def _check_norm(x: Tensor, weight: Tensor, op: str) -> None:
+def check_norm(x: Tensor, weight: Tensor, op: str) -> None:
     check(
         weight.shape == x.shape[-1:] and weight.dtype == x.dtype,
         f"{op}: weight must have shape {list(x.shape[-1:])} and the dtype of x, got "

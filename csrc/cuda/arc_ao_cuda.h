@@ -67,7 +67,8 @@ ARC_AO_CUDA_API void arc_ao_cuda_struct_sizes(int64_t sizes[3]);
 // The table: name of a configuration, or null behind the last one; its tile.
 ARC_AO_CUDA_API const char* arc_ao_cuda_config(int32_t family, int32_t config, int32_t tile[3]);
 
-ARC_AO_CUDA_API const char* arc_ao_cuda_quantize(const struct ArcQuantize* q, void* stream);
+ARC_AO_CUDA_API const char* arc_ao_cuda_quantize(
+    const struct ArcQuantize* q, int32_t device, void* stream);
 
 // Chooses the kernel for a device of compute capability `capability` (such as 120) and `sm_count`
 // multiprocessors.

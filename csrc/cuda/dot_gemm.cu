@@ -13,7 +13,7 @@ constexpr int kWarps = 4;
 constexpr int kCols = 2;
 
 template <int kRows>
-__global__ void __launch_bounds__(kWarps* kWarpLanes) dot_columns(const ArcGemm g) {
+__global__ void __launch_bounds__(kWarps* kWarpLanes, 1) dot_columns(const ArcGemm g) {
   const int lane = threadIdx.x % kWarpLanes, warp = threadIdx.x / kWarpLanes;
   const int64_t n = (int64_t(blockIdx.x) * kWarps + warp) * kCols;
   if (n >= g.n) return;
@@ -44,6 +44,10 @@ void launch(const ArcGemm& g, cudaStream_t stream) {
   dot_columns<kRows><<<grid, kWarps * kWarpLanes, 0, stream>>>(g);
 }
 
+const char* text_of(cudaError_t error) {
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
 }  // namespace
 
 const char* dot_gemm(const ArcGemm& g, void* stream) {
@@ -52,8 +56,9 @@ const char* dot_gemm(const ArcGemm& g, void* stream) {
   else if (g.m == 2) launch<2>(g, on);
   else if (g.m <= 4) launch<4>(g, on);
   else launch<8>(g, on);
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return text_of(cudaGetLastError());
 }
+
+const char* use_device(int device) { return text_of(cudaSetDevice(device)); }
 
 }  // namespace arc

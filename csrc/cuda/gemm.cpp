@@ -152,6 +152,7 @@ const char* arc_ao_cuda_gemm(
     const ArcGemm* g, const ArcKernel* kernel, int32_t device, int32_t sm_count, void* workspace,
     void* stream) {
   if (const char* refused = arc_ao_cuda_can_implement(g, kernel)) return refused;
+  if (const char* error = arc::use_device(device)) return arc::message(error);
   const char* error =
       kernel->config == -1
           ? arc::dot_gemm(*g, stream)

@@ -50,7 +50,7 @@ __device__ Row<kProducer> prepare(const ArcQuantize& q, Lane lane) {
 
 // Largest magnitude of the whole tensor, for one outer scale.
 template <int kProducer>
-__global__ void __launch_bounds__(kMaxThreads) largest_of_rows(const ArcQuantize q) {
+__global__ void __launch_bounds__(kMaxThreads, 1) largest_of_rows(const ArcQuantize q) {
   const Lane lane{threadIdx.x, blockDim.x};
   const Row<kProducer> row = prepare<kProducer>(q, lane);
   const uint32_t amax = across_block(amax_bits(row, lane), Larger{});
@@ -66,7 +66,7 @@ __device__ Outer outer_of_row(const Row<kProducer>& row, Lane lane) {
 }
 
 template <int kProducer>
-__global__ void __launch_bounds__(kMaxThreads) quantize_rows(const ArcQuantize q) {
+__global__ void __launch_bounds__(kMaxThreads, 1) quantize_rows(const ArcQuantize q) {
   extern __shared__ uint8_t scales[];  // [base blocks]
   const Lane lane{threadIdx.x, blockDim.x};
   if (q.swizzled) pad_scales(q, blockIdx.x, lane);
@@ -117,12 +117,14 @@ const char* refusal(const ArcQuantize& q) {
 }  // namespace
 }  // namespace arc
 
-const char* arc_ao_cuda_quantize(const ArcQuantize* q, void* stream) {
+const char* arc_ao_cuda_quantize(const ArcQuantize* q, int32_t device, void* stream) {
   if (const char* refused = arc::refusal(*q)) return refused;
   constexpr cudaError_t (*kLaunch[])(const ArcQuantize&, cudaStream_t) = {
       arc::launch<ARC_PLAIN>, arc::launch<ARC_RMS_NORM>, arc::launch<ARC_ADD_RMS_NORM>,
       arc::launch<ARC_SILU_MUL>};
-  const cudaError_t error = kLaunch[q->producer](*q, cudaStream_t(stream));
+  // This library has a CUDA runtime of its own, which must learn the device, too.
+  cudaError_t error = cudaSetDevice(device);
+  if (error == cudaSuccess) error = kLaunch[q->producer](*q, cudaStream_t(stream));
   return error == cudaSuccess ? nullptr
                               : arc::message(std::string("quantize: ") + cudaGetErrorString(error));
 }

@@ -3,6 +3,8 @@
 // test compares it with arc_ao/ops/quant_augment.py and producers.py.
 #pragma once
 
+#include <cstdlib>
+
 #include "arc_ao_cuda.h"
 #include "numerics.h"
 
@@ -28,9 +30,13 @@ ARC_SHARED int64_t stored_blocks(const ArcQuantize& q) {
 
 // An id read from device memory, where nobody could check it before: outside, the kernel ends.
 ARC_SHARED int64_t checked(int64_t id, int64_t limit) {
+  if (id < 0 || id >= limit) {
 #if defined(__CUDA_ARCH__)
-  if (id < 0 || id >= limit) __trap();
+    __trap();
+#else
+    std::abort();
 #endif
+  }
   return id;
 }
 
