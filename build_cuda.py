@@ -21,6 +21,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from build_native import BuildLibrary
+
 SOURCES = Path(__file__).parent / "csrc" / "cuda"
 LIBRARY = "libarc_ao_cuda.so"
 CUTLASS_REQUIREMENT = "nvidia-cutlass==4.2.0.0"
@@ -127,6 +129,25 @@ def build_library(target: Path, work: Path, names: list[str]) -> None:
     fresh = work / LIBRARY
     _run([*nvcc(), "-shared", "--cudart=static", *objects, "-o", fresh])
     shutil.move(fresh, target)
+
+
+class BuildCuda(BuildLibrary):
+    """`python setup.py build_cuda`: the kernels for Blackwell, where they are wanted."""
+
+    description = "compile the CUDA library"
+    library = LIBRARY
+
+    def wanted(self) -> bool:
+        demanded = os.environ.get("ARC_AO_CUDA") == "1"
+        return bool(families()) and (demanded or not missing())
+
+    def make(self, target: Path, work: Path) -> None:
+        build_library(target, work, families())
+
+    def run(self) -> None:
+        if families() and not self.wanted():
+            self.warn(f"arc_ao is installed without CUDA kernels: {missing()}")
+        super().run()
 
 
 def _run(command: list) -> str:

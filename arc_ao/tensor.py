@@ -16,6 +16,7 @@ from torchao.utils import TorchAOBaseTensor
 
 from arc_ao.formats import nvfp4
 from arc_ao.ops import nvfp4_gemm, quant_augment
+from arc_ao.ops.backends import preferred_layout
 from arc_ao.ops.layout import (
     LAYOUTS,
     from_panels,
@@ -336,12 +337,13 @@ def _(func, types, args, kwargs):
 def _(func, types, args, kwargs):
     """`.to(device)` moves the stored bytes; `.to(dtype)` keeps them and changes `orig_dtype`.
     A zero weight keeps its block ids and its channel order. What moves to another kind of device
-    leaves its device's layout behind; a weight on the meta device keeps it."""
+    leaves its device's layout behind, and on a GPU takes that of its kernels; on the meta device it
+    keeps it."""
     kwargs = kwargs or {}
     plain = {k: v for k, v in kwargs.items() if k in ("device", "non_blocking")}
-    target = torch.device(kwargs.get("device") or args[0].device).type
-    leaves = target not in (args[0].device.type, "meta")
-    source = args[0].to_layout("plain") if leaves else args[0]
+    source, target = args[0], torch.device(kwargs.get("device") or args[0].device)
+    if target.type not in (source.device.type, "meta"):
+        source = source.to_layout(preferred_layout(target) if target.type == "cuda" else "plain")
     copy = _rebuilt(source, lambda t: t.to(**plain, copy=True), kwargs.get("dtype"))
     if func is aten.zeros_like.default:
         return _fill(copy, 0)

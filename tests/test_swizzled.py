@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from test_quant_augment import CONFIGS, EMPTY, activations, augment, ids
 from test_tensor import VARIANTS, assert_same, inputs, linear, make_weight, quantized
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import arc_ao.tensor
 from arc_ao.formats import nvfp4
 from arc_ao.ops import (
     add_rms_norm_quant_augment,
@@ -136,6 +138,18 @@ def test_copies_take_the_layout_that_is_here():
     source, target = quantized(make_weight()), quantized(make_weight() * 2).to_layout("swizzled")
     target.copy_(source)
     assert_same(target, source.to_layout("swizzled"))
+
+
+def test_a_weight_takes_the_layout_of_the_gpu_that_it_moves_to(monkeypatch):
+    """Once, on the way; from panels, too. Traced with fake tensors, so that no GPU is needed."""
+    weight = quantized(make_weight()).to_layout("panels")
+    for layout in ("swizzled", "plain"):
+        monkeypatch.setattr(arc_ao.tensor, "preferred_layout", lambda device, it=layout: it)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            moved = mode.from_tensor(weight).to("cuda:0")
+        assert moved.device == moved.qdata.device == torch.device("cuda:0")
+        assert moved.weight_layout == layout
+        assert moved.scale.shape == weight.to_layout(layout).scale.shape
 
 
 @pytest.mark.parametrize("rows", [0, 5])

@@ -11,9 +11,10 @@ namespace {
 
 constexpr int kWarps = 4;
 constexpr int kCols = 2;
+constexpr int kBlocksAtOnce = 3;  // on a multiprocessor: 168 registers for a thread, none spilled
 
 template <int kRows>
-__global__ void __launch_bounds__(kWarps* kWarpLanes, 1) dot_columns(const ArcGemm g) {
+__global__ void __launch_bounds__(kWarps* kWarpLanes, kBlocksAtOnce) dot_columns(const ArcGemm g) {
   const int lane = threadIdx.x % kWarpLanes, warp = threadIdx.x / kWarpLanes;
   const int64_t n = (int64_t(blockIdx.x) * kWarps + warp) * kCols;
   if (n >= g.n) return;

@@ -13,6 +13,7 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 256;
+constexpr int kBlocksAtOnce = 3;  // on a multiprocessor: 80 registers for a thread, and none spilled
 constexpr int64_t kMaxBaseBlocks = 40 << 10;  // a byte of shared memory each
 
 struct Larger {
@@ -50,7 +51,7 @@ __device__ Row<kProducer> prepare(const ArcQuantize& q, Lane lane) {
 
 // Largest magnitude of the whole tensor, for one outer scale.
 template <int kProducer>
-__global__ void __launch_bounds__(kMaxThreads, 1) largest_of_rows(const ArcQuantize q) {
+__global__ void __launch_bounds__(kMaxThreads, kBlocksAtOnce) largest_of_rows(const ArcQuantize q) {
   const Lane lane{threadIdx.x, blockDim.x};
   const Row<kProducer> row = prepare<kProducer>(q, lane);
   const uint32_t amax = across_block(amax_bits(row, lane), Larger{});
@@ -66,7 +67,7 @@ __device__ Outer outer_of_row(const Row<kProducer>& row, Lane lane) {
 }
 
 template <int kProducer>
-__global__ void __launch_bounds__(kMaxThreads, 1) quantize_rows(const ArcQuantize q) {
+__global__ void __launch_bounds__(kMaxThreads, kBlocksAtOnce) quantize_rows(const ArcQuantize q) {
   extern __shared__ uint8_t scales[];  // [base blocks]
   const Lane lane{threadIdx.x, blockDim.x};
   if (q.swizzled) pad_scales(q, blockIdx.x, lane);
