@@ -20,8 +20,8 @@ SANITIZED := build/sanitize/libarc_ao.so
 
 CUDA_SOURCES := $(wildcard csrc/*.h csrc/cuda/*)
 CUDA_LIBRARY := build/cuda/libarc_ao_cuda.so
-# cuobjdump and nvdisasm, where their wheels put them.
-CUDA_TOOLS = $(firstword $(wildcard $(VENV)/lib/python3*/site-packages/nvidia/cu13/bin))
+# cuobjdump and nvdisasm, where their wheels put them; the shell fills in Python's version.
+CUDA_TOOLS := $(abspath $(VENV))/lib/python3*/site-packages/nvidia/cu13/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -40,7 +40,7 @@ test: lint  ## style checks, then all tests
 # instructions and spills no registers, and the layouts and numbers are those of NVIDIA's own headers.
 # About four minutes and 5.5 GB; needs nvcc 13. Nothing runs on a device, and nothing may skip.
 test-cuda-build: $(CUDA_LIBRARY)  ## compile the CUDA kernels and look into them
-	PATH="$(abspath $(CUDA_TOOLS)):$$PATH" ARC_AO_REQUIRE_CUDA=1 \
+	PATH="$$(echo $(CUDA_TOOLS)):$$PATH" ARC_AO_REQUIRE_CUDA=1 \
 		ARC_AO_CUDA_LIBRARY=$(CUDA_LIBRARY) $(TEST_ENV) \
 		$(BIN)/python -m pytest -q -p no:cacheprovider $(PYTEST_ARGS) \
 		tests/test_cuda_build.py tests/test_cuda_references.py tests/test_cuda_rows.py
