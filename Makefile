@@ -18,18 +18,35 @@ SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-fra
 	-DARC_AO_EMULATE_AMX
 SANITIZED := build/sanitize/libarc_ao.so
 
+CUDA_SOURCES := $(wildcard csrc/*.h csrc/cuda/*)
+CUDA_LIBRARY := build/cuda/libarc_ao_cuda.so
+# cuobjdump and nvdisasm, where their wheels put them; the shell fills in Python's version.
+CUDA_TOOLS := $(abspath $(VENV))/lib/python3*/site-packages/nvidia/cu13/bin
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint sanitize format clean
+.PHONY: help demo test test-cuda-build lint sanitize format clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.stamp-run  ## quantize the shipped model and print what it costs and gains
 	$(BIN)/arc-ao demo
 
 test: lint  ## style checks, then all tests
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+# Without a GPU: the kernels for Blackwell compile, their machine code holds the matrix units'
+# instructions and spills no registers, and the layouts and numbers are those of NVIDIA's own headers.
+# About four minutes and 5.5 GB; needs nvcc 13. Nothing runs on a device, and nothing may skip.
+test-cuda-build: $(CUDA_LIBRARY)  ## compile the CUDA kernels and look into them
+	PATH="$$(echo $(CUDA_TOOLS)):$$PATH" ARC_AO_REQUIRE_CUDA=1 \
+		ARC_AO_CUDA_LIBRARY=$(CUDA_LIBRARY) $(TEST_ENV) \
+		$(BIN)/python -m pytest -q -p no:cacheprovider $(PYTEST_ARGS) \
+		tests/test_cuda_build.py tests/test_cuda_references.py tests/test_cuda_rows.py
+
+$(CUDA_LIBRARY): $(VENV)/.stamp-cuda build_cuda.py $(CUDA_SOURCES)
+	$(BIN)/python build_cuda.py $@
 
 lint: $(VENV)/.stamp-test  ## style checks alone
 	$(BIN)/ruff check .
@@ -63,10 +80,17 @@ $(VENV)/.stamp-torch: constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) torch
 	@touch $@
 
-$(VENV)/.stamp-run: $(VENV)/.stamp-torch pyproject.toml setup.py build_native.py $(NATIVE_SOURCES)
+$(VENV)/.stamp-run: $(VENV)/.stamp-torch pyproject.toml setup.py build_native.py build_cuda.py \
+		$(NATIVE_SOURCES)
 	$(PIP_INSTALL) -e .
 	@touch $@
 
 $(VENV)/.stamp-test: $(VENV)/.stamp-run
 	$(PIP_INSTALL) -e '.[test,dev]'
+	@touch $@
+
+# Headers of CUTLASS and two disassemblers, for builds and tests alone. Without their dependencies:
+# CUTLASS's Python side is not used.
+$(VENV)/.stamp-cuda: $(VENV)/.stamp-test constraints-cuda.txt
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r constraints-cuda.txt
 	@touch $@

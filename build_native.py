@@ -97,12 +97,12 @@ def _run(command: list) -> None:
         raise RuntimeError(f"{shlex.join(map(str, command))}\n{done.stdout}{done.stderr}")
 
 
-class BuildNative(Command):
-    """`python setup.py build_native`: the library, into the build folder or in place."""
+class BuildLibrary(Command):
+    """A library of the package, into the build folder or in place."""
 
-    description = "compile the native operator library"
     user_options = [("inplace", "i", "put the library into the source folder")]
     boolean_options = ["inplace"]
+    library = ""
 
     def initialize_options(self) -> None:
         self.inplace = False
@@ -114,27 +114,51 @@ class BuildNative(Command):
             "build", ("build_lib", "build_lib"), ("build_temp", "build_temp")
         )
 
+    def wanted(self) -> bool:
+        """Whether this build makes the library."""
+        raise NotImplementedError
+
+    def make(self, target: Path, work: Path) -> None:
+        """Build the library to `target`."""
+        raise NotImplementedError
+
     def run(self) -> None:
-        cxx = compiler()
-        if cxx is None:
-            self.warn("no C++ compiler: arc_ao is installed without native CPU kernels")
-            return
-        in_place = self.inplace or self.editable_mode
-        package = (ROOT if in_place else Path(self.build_lib)) / "arc_ao"
-        build_library(cxx, package / LIBRARY, Path(self.build_temp) / "native")
+        if self.wanted():
+            in_place = self.inplace or self.editable_mode
+            package = (ROOT if in_place else Path(self.build_lib)) / "arc_ao"
+            work = Path(self.build_temp) / self.get_command_name()
+            self.make(package / self.library, work)
 
     def get_source_files(self) -> list[str]:
         return [str(p.relative_to(ROOT)) for p in sorted(SOURCES.rglob("*")) if p.is_file()]
 
     def get_outputs(self) -> list[str]:
-        return [str(Path(self.build_lib) / "arc_ao" / LIBRARY)] if compiler() else []
+        return [str(Path(self.build_lib) / "arc_ao" / self.library)] if self.wanted() else []
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}
 
 
+class BuildNative(BuildLibrary):
+    """`python setup.py build_native`: the operators with their CPU kernels."""
+
+    description = "compile the native operator library"
+    library = LIBRARY
+
+    def wanted(self) -> bool:
+        return compiler() is not None
+
+    def make(self, target: Path, work: Path) -> None:
+        build_library(compiler(), target, work)
+
+    def run(self) -> None:
+        if not self.wanted():
+            self.warn("no C++ compiler: arc_ao is installed without native CPU kernels")
+        super().run()
+
+
 class Build(build):
-    sub_commands = [*build.sub_commands, ("build_native", None)]
+    sub_commands = [*build.sub_commands, ("build_native", None), ("build_cuda", None)]
 
 
 class PlatformWheel(bdist_wheel):

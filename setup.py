@@ -1,4 +1,5 @@
-"""Build entry point; the metadata is in pyproject.toml, the native library in build_native.py."""
+"""Build entry point; the metadata is in pyproject.toml, the libraries in build_native.py (CPU) and
+build_cuda.py (Blackwell, where it is wanted)."""
 
 import sys
 from pathlib import Path
@@ -7,6 +8,11 @@ from setuptools import setup
 
 sys.path.insert(0, str(Path(__file__).parent))  # not on the path in pip's isolation
 
+from build_cuda import BuildCuda, requirements  # noqa: E402
 from build_native import COMMANDS, PlatformDistribution  # noqa: E402
 
-setup(cmdclass=COMMANDS, distclass=PlatformDistribution)
+setup(
+    cmdclass={**COMMANDS, "build_cuda": BuildCuda},
+    distclass=PlatformDistribution,
+    setup_requires=requirements(),
+)

@@ -34,16 +34,19 @@ TABLE_WIDTH = 100
 def env_report() -> dict[str, Any]:
     """Collect versions, CPU, GPUs and the backend of every arc_ao operator.
 
-    Returns a dict with the keys `versions`, `platform`, `cpu`, `cuda` (one entry per device) and
-    `ops` (operator name -> `backend` and the `reason` it was chosen).
+    Returns a dict with the keys `versions`, `platform`, `cpu`, `cuda` (one entry per device),
+    `cuda_library` (what the compiled kernels for Blackwell are built for) and `ops` (operator name
+    -> `backend` and the `reason` it was chosen).
     """
     from arc_ao.ops.backends import backend_report
+    from arc_ao.ops.cuda import library
 
     return {
         "versions": _versions(),
         "platform": platform.platform(),
         "cpu": cpu_report(_read_cpuinfo()),
         "cuda": _cuda_devices(),
+        "cuda_library": library.description(),
         "ops": backend_report(),
     }
 
@@ -98,14 +101,19 @@ def _sections(report: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
             ("threads", f"{cpu['threads']} of {cpu['cores']} cores"),
             ("memory", "unknown" if memory is None else f"{memory} GiB"),
         ],
-        "cuda": [_cuda_row(device) for device in report["cuda"]] or [("devices", "none")],
+        "cuda": [
+            *([_cuda_row(device) for device in report["cuda"]] or [("devices", "none")]),
+            ("Blackwell kernels", report["cuda_library"]),
+        ],
         "ops": [(name, f"{op['backend']}: {op['reason']}") for name, op in report["ops"].items()],
     }
 
 
 def _cuda_row(device: dict[str, Any]) -> tuple[str, str]:
     fp4 = "has" if device["fp4_tensor_cores"] else "no"
-    return device["name"], f"sm_{device['capability'].replace('.', '')}, {fp4} FP4 tensor cores"
+    name = f"sm_{device['capability'].replace('.', '')}"
+    ours = f"Blackwell kernels: {device['blackwell_kernels']}"
+    return device["name"], f"{name}, {fp4} FP4 tensor cores; {ours}"
 
 
 def _yes_no(present: bool | str) -> str:
@@ -145,6 +153,8 @@ def _memory_gib() -> float | None:
 
 
 def _cuda_devices() -> list[dict[str, Any]]:
+    from arc_ao.ops.cuda import library
+
     devices = []
     for i in range(torch.cuda.device_count()):
         capability = torch.cuda.get_device_capability(i)
@@ -153,6 +163,7 @@ def _cuda_devices() -> list[dict[str, Any]]:
                 "name": torch.cuda.get_device_name(i),
                 "capability": f"{capability[0]}.{capability[1]}",
                 "fp4_tensor_cores": capability >= FP4_MIN_CAPABILITY,
+                "blackwell_kernels": library.reason_absent(capability) or "usable",
             }
         )
     return devices

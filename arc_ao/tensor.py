@@ -16,7 +16,15 @@ from torchao.utils import TorchAOBaseTensor
 
 from arc_ao.formats import nvfp4
 from arc_ao.ops import nvfp4_gemm, quant_augment
-from arc_ao.ops.layout import LAYOUTS, from_panels, to_panels
+from arc_ao.ops.backends import preferred_layout
+from arc_ao.ops.layout import (
+    LAYOUTS,
+    from_panels,
+    from_swizzled,
+    scale_layout_for,
+    to_panels,
+    to_swizzled,
+)
 
 aten = torch.ops.aten
 # The inner tensors that quantizing the input reads.
@@ -46,8 +54,9 @@ class ARCTensor(TorchAOBaseTensor):
         orig_dtype: dtype of the unquantized weight.
         activation_scale: "token", "tensor" or "static".
         four_over_six: whether activations choose between amax/6 and amax/4.
-        weight_layout: of qdata and scale: "plain", as in checkpoints, or "panels", as CPU kernels
-            read them (ops/layout.py). Slicing rows gives "plain"; pickling keeps the layout.
+        weight_layout: of qdata and scale: "plain", as in checkpoints, "panels", as CPU kernels read
+            them, or "swizzled", as Blackwell does (ops/layout.py). Slicing rows gives "plain";
+            pickling keeps the layout.
         input_plan: digest of all that quantizing the input depends on, or "" where it is not known;
             linears with equal digests that read one tensor need one quantization.
     """
@@ -161,12 +170,25 @@ class ARCTensor(TorchAOBaseTensor):
             raise ValueError(f"layout: expected one of {LAYOUTS}, got {layout!r}")
         if layout == self.weight_layout:
             return self
-        convert = to_panels if layout == "panels" else from_panels
-        qdata, scale = convert(self.qdata, self.scale)
+        qdata, scale = self._plain()
+        if layout == "panels":
+            qdata, scale = to_panels(qdata, scale)
+        elif layout == "swizzled":
+            qdata, scale = to_swizzled(qdata, scale, self.act_blocks, self.base_blocks)
         names, attributes = self.__tensor_flatten__()
         attributes = attributes | {"weight_layout": layout}
         tensors = {name: getattr(self, name) for name in names} | {"qdata": qdata, "scale": scale}
         return ARCTensor.__tensor_unflatten__(tensors, attributes, None, None)
+
+    def _plain(self) -> tuple[Tensor, Tensor]:
+        """Codes and scales in the plain layout."""
+        if self.weight_layout == "panels":
+            return from_panels(self.qdata, self.scale)
+        if self.weight_layout == "swizzled":
+            gathered = 0 if self.act_channels is None else self.act_channels.shape[0]
+            blocks = self.base_blocks + gathered // nvfp4.BLOCK_SIZE + self.weight_blocks.shape[0]
+            return from_swizzled(self.qdata, self.scale, self.act_blocks, self.base_blocks, blocks)
+        return self.qdata, self.scale
 
     def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:
         """Q(w) plus its stored residual, [N, K] in the original channel order."""
@@ -233,6 +255,7 @@ def arc_linear(x: Tensor, weight: ARCTensor, bias: Tensor | None = None) -> Tens
         act_channels=weight.act_channels,
         four_over_six=weight.four_over_six,
         plan=weight.input_plan,
+        scale_layout=scale_layout_for(weight.weight_layout),
     )
     y = nvfp4_gemm(
         a,
@@ -313,11 +336,14 @@ def _(func, types, args, kwargs):
 @implements([aten._to_copy.default, aten.zeros_like.default])
 def _(func, types, args, kwargs):
     """`.to(device)` moves the stored bytes; `.to(dtype)` keeps them and changes `orig_dtype`.
-    A zero weight keeps its block ids and its channel order. Panels stay on the CPU."""
+    A zero weight keeps its block ids and its channel order. What moves to another kind of device
+    leaves its device's layout behind, and on a GPU takes that of its kernels; on the meta device it
+    keeps it."""
     kwargs = kwargs or {}
     plain = {k: v for k, v in kwargs.items() if k in ("device", "non_blocking")}
-    leaves = torch.device(kwargs.get("device") or "cpu").type == "cuda"
-    source = args[0].to_layout("plain") if leaves else args[0]
+    source, target = args[0], torch.device(kwargs.get("device") or args[0].device)
+    if target.type not in (source.device.type, "meta"):
+        source = source.to_layout(preferred_layout(target) if target.type == "cuda" else "plain")
     copy = _rebuilt(source, lambda t: t.to(**plain, copy=True), kwargs.get("dtype"))
     if func is aten.zeros_like.default:
         return _fill(copy, 0)

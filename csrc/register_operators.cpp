@@ -8,6 +8,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/nvfp4_gemm.h"
 #include "cpu/quant_augment.h"
+#include "cpu/swizzled.h"
 #include "stable_values.h"
 
 namespace arc {
@@ -17,7 +18,7 @@ namespace {
 #define ARC_AUGMENTATION_SCHEMA                                                              \
   "Tensor act_blocks, Tensor weight_blocks, Tensor? outer_scale, str scale_mode, "           \
   "Tensor? channel_order=None, Tensor? act_channels=None, bool four_over_six=False, "        \
-  "str plan=\"\""
+  "str plan=\"\", str scale_layout=\"plain\""
 
 const char* const kSchemas[] = {
     "quant_augment(Tensor x, " ARC_AUGMENTATION_SCHEMA ") -> (Tensor, Tensor, Tensor)",
@@ -58,6 +59,7 @@ struct AugmentationArguments {
         act_channels(from.optional_tensor()),
         four_over_six(from.scalar<bool>()) {
     from.string();  // plan: for graph passes alone
+    scale_layout = from.string();
   }
 
   Augmentation resolve(const char* op, int64_t channels) const {
@@ -76,6 +78,8 @@ struct AugmentationArguments {
     how.mode = scale_mode == "token"    ? ScaleMode::kToken
                : scale_mode == "tensor" ? ScaleMode::kTensor
                                         : ScaleMode::kStatic;
+    ARC_CHECK(scale_layout == "plain" || scale_layout == "swizzled",
+          prefix + "scale_layout must be one of ('plain', 'swizzled'), got '" + scale_layout + "'");
     ARC_CHECK((how.mode == ScaleMode::kStatic) == bool(outer_scale),
           prefix + "outer_scale belongs to scale_mode 'static' and only to it, got scale_mode '" +
               scale_mode + "' " + (outer_scale ? "with" : "without") + " outer_scale");
@@ -98,6 +102,7 @@ struct AugmentationArguments {
   std::string scale_mode;
   TensorRef channel_order, act_channels;
   bool four_over_six;
+  std::string scale_layout;
 };
 
 struct Matrix {
@@ -120,18 +125,43 @@ void check_same(const TensorRef& x, const TensorRef& other, const char* op, cons
             text(x.sizes()) + ", got " + text(other.sizes()));
 }
 
+TensorRef empty_bytes(int64_t rows, int64_t columns) {
+  return TensorRef::empty({rows, columns}, aoti_torch_dtype_uint8());
+}
+
+// Codes and scales of `rows` rows of `blocks` blocks.
+struct Operand {
+  Operand(int64_t rows, int64_t blocks)
+      : qdata(empty_bytes(rows, blocks * kBlockBytes)), scale(empty_bytes(rows, blocks)) {}
+  TensorRef qdata, scale;
+};
+
+// In the layout that Blackwell reads: a copy, since no CPU kernel writes it.
+Operand swizzled(const Operand& plain) {
+  const int64_t rows = plain.scale.size(0), blocks = plain.scale.size(1);
+  const int64_t padded = padded_to(blocks, 2);
+  Operand out(0, 0);
+  out.qdata = empty_bytes(rows, padded * kBlockBytes);
+  out.scale =
+      empty_bytes(padded_to(rows, kTileScaleRows), padded_to(padded, kTileScaleBlocks));
+  pad_rows(plain.qdata.data<uint8_t>(), rows, blocks, padded, out.qdata.data<uint8_t>());
+  swizzle_scales(plain.scale.data<uint8_t>(), rows, blocks, out.scale.data<uint8_t>());
+  return out;
+}
+
 // Quantizes what `produce` makes and puts the three results on the stack.
 void quantize_onto(
-    StableIValue* stack, const RowProducer& produce, int64_t rows, const Augmentation& how) {
-  const int64_t blocks = how.all_blocks();
-  TensorRef qdata = TensorRef::empty({rows, blocks * kBlockBytes}, aoti_torch_dtype_uint8());
-  TensorRef scale = TensorRef::empty({rows, blocks}, aoti_torch_dtype_uint8());
+    StableIValue* stack, const RowProducer& produce, int64_t rows,
+    const AugmentationArguments& arguments, const Augmentation& how) {
+  Operand operand(rows, how.all_blocks());
   const int64_t outers = how.mode == ScaleMode::kToken ? rows : 1;
   TensorRef outer = TensorRef::empty({outers}, aoti_torch_dtype_float32());
   quant_augment(
-      produce, rows, how, {qdata.data<uint8_t>(), scale.data<uint8_t>(), outer.data<float>()});
-  stack[0] = as_value(qdata.release());
-  stack[1] = as_value(scale.release());
+      produce, rows, how,
+      {operand.qdata.data<uint8_t>(), operand.scale.data<uint8_t>(), outer.data<float>()});
+  if (arguments.scale_layout == "swizzled") operand = swizzled(operand);
+  stack[0] = as_value(operand.qdata.release());
+  stack[1] = as_value(operand.scale.release());
   stack[2] = as_value(outer.release());
 }
 
@@ -150,7 +180,8 @@ void quant_augment_boxed(StableIValue* stack, uint64_t, uint64_t) {
   const auto produce = [&](int64_t m, float* out) {
     return kernels().load_row(data + m * stride, matrix.dtype, matrix.channels, out);
   };
-  quantize_onto(stack, produce, matrix.rows, augmentation.resolve(op, matrix.channels));
+  quantize_onto(
+      stack, produce, matrix.rows, augmentation, augmentation.resolve(op, matrix.channels));
 }
 
 // 1 / sqrt(mean(x^2) + eps), the mean in double so that no order of summation shows in the bits.
@@ -187,7 +218,8 @@ void rms_norm_quant_augment_boxed(StableIValue* stack, uint64_t, uint64_t) {
     const float inverse = inverse_rms(out, matrix.channels, eps);
     return kernels().norm_row(out, gain, matrix.dtype, inverse, matrix.channels, out);
   };
-  quantize_onto(stack, produce, matrix.rows, augmentation.resolve(op, matrix.channels));
+  quantize_onto(
+      stack, produce, matrix.rows, augmentation, augmentation.resolve(op, matrix.channels));
 }
 
 void add_rms_norm_quant_augment_boxed(StableIValue* stack, uint64_t, uint64_t) {
@@ -210,7 +242,8 @@ void add_rms_norm_quant_augment_boxed(StableIValue* stack, uint64_t, uint64_t) {
     const float inverse = inverse_rms(out, matrix.channels, eps);
     return kernels().norm_row(out, gain, matrix.dtype, inverse, matrix.channels, out);
   };
-  quantize_onto(stack, produce, matrix.rows, augmentation.resolve(op, matrix.channels));
+  quantize_onto(
+      stack, produce, matrix.rows, augmentation, augmentation.resolve(op, matrix.channels));
   stack[3] = as_value(sum.release());
 }
 
@@ -225,7 +258,8 @@ void silu_mul_quant_augment_boxed(StableIValue* stack, uint64_t, uint64_t) {
     return kernels().silu_mul_row(
         row_of(gate, matrix, m), row_of(up, matrix, m), matrix.dtype, matrix.channels, out);
   };
-  quantize_onto(stack, produce, matrix.rows, augmentation.resolve(op, matrix.channels));
+  quantize_onto(
+      stack, produce, matrix.rows, augmentation, augmentation.resolve(op, matrix.channels));
 }
 
 void gelu_quant_augment_boxed(StableIValue* stack, uint64_t, uint64_t) {
@@ -244,7 +278,8 @@ void gelu_quant_augment_boxed(StableIValue* stack, uint64_t, uint64_t) {
         row_of(x, matrix, m), up ? row_of(up, matrix, m) : nullptr, approximate == "tanh",
         matrix.dtype, matrix.channels, out);
   };
-  quantize_onto(stack, produce, matrix.rows, augmentation.resolve(op, matrix.channels));
+  quantize_onto(
+      stack, produce, matrix.rows, augmentation, augmentation.resolve(op, matrix.channels));
 }
 
 // Codes [rows, 8 * blocks] and scales [rows, blocks] of one operand.
@@ -259,17 +294,53 @@ void check_operand(const TensorRef& codes, const TensorRef& scale, const char* n
             " block scales, expected one scale per 16 codes, all uint8");
 }
 
+void check_swizzled(
+    const TensorRef& a, const TensorRef& a_scale, const TensorRef& b, const TensorRef& b_scale) {
+  ARC_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(1) && a.size(1) % 16 == 0,
+        "nvfp4_gemm: a has K_aug = " + std::to_string(2 * a.sizes().back()) +
+            ", swizzled b has " + std::to_string(2 * b.sizes().back()) +
+            ", expected equal multiples of 32; quantize x with the blocks of this weight and "
+            "scale_layout 'swizzled'");
+  const auto check = [](const TensorRef& codes, const TensorRef& scale, const char* name) {
+    const std::vector<int64_t> expected = {
+        padded_to(codes.size(0), kTileScaleRows),
+        padded_to(codes.size(1) / kBlockBytes, kTileScaleBlocks)};
+    ARC_CHECK(scale.sizes() == expected && scale.dtype() == aoti_torch_dtype_uint8(),
+          std::string("nvfp4_gemm: ") + name + " has " + std::to_string(codes.size(0)) +
+              " rows of " + std::to_string(2 * codes.size(1)) + " codes and scales " +
+              text(scale.sizes()) + ", expected swizzled scales " + text(expected));
+  };
+  check(a, a_scale, "a");
+  check(b, b_scale, "b");
+}
+
+TensorRef unswizzled(const TensorRef& scale, int64_t rows, int64_t blocks) {
+  TensorRef plain = empty_bytes(rows, blocks);
+  unswizzle_scales(scale.data<uint8_t>(), rows, blocks, plain.data<uint8_t>());
+  return plain;
+}
+
 void nvfp4_gemm_boxed(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
-  const TensorRef a = arguments.tensor(), a_scale = arguments.tensor();
+  const TensorRef a = arguments.tensor();
+  TensorRef a_scale = arguments.tensor();
   const TensorRef a_outer = arguments.tensor();
-  const TensorRef b = arguments.tensor(), b_scale = arguments.tensor();
+  const TensorRef b = arguments.tensor();
+  TensorRef b_scale = arguments.tensor();
   const TensorRef b_outer = arguments.tensor(), bias = arguments.optional_tensor();
   const int32_t out_dtype = arguments.scalar<int32_t>();
-  const TensorRef act_blocks = arguments.optional_tensor();
+  TensorRef act_blocks = arguments.optional_tensor();
   const int64_t base_blocks = arguments.scalar<int64_t>();
   const std::string layout = arguments.string();
 
+  ARC_CHECK(layout == "plain" || layout == "panels" || layout == "swizzled",
+        "nvfp4_gemm: b_layout must be 'plain', 'panels' or 'swizzled', got '" + layout + "'");
+  if (layout == "swizzled") {
+    check_swizzled(a, a_scale, b, b_scale);
+    a_scale = unswizzled(a_scale, a.size(0), a.size(1) / kBlockBytes);
+    b_scale = unswizzled(b_scale, b.size(0), b.size(1) / kBlockBytes);
+    act_blocks = TensorRef();  // b holds its repeated blocks
+  }
   const int64_t repeated = act_blocks ? act_blocks.numel() : 0;
   ARC_CHECK(a.dim() == 2 && b.dim() == 2 &&
             a.size(1) == b.size(1) + repeated * kBlockBytes,
@@ -292,8 +363,6 @@ void nvfp4_gemm_boxed(StableIValue* stack, uint64_t, uint64_t) {
   ARC_CHECK(!bias || bias.sizes() == std::vector<int64_t>{cols},
         "nvfp4_gemm: bias must have shape [" + std::to_string(cols) + "], got " +
             (bias ? text(bias.sizes()) : ""));
-  ARC_CHECK(layout == "plain" || layout == "panels",
-        "nvfp4_gemm: b_layout must be 'plain' or 'panels', got '" + layout + "'");
   const Ids ids = ids_of(act_blocks, "nvfp4_gemm", "act_blocks", base_blocks);
 
   TensorRef y = TensorRef::empty({rows, cols}, out_dtype);

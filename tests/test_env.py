@@ -29,7 +29,15 @@ def report_of(cpuinfo: str | None) -> dict:
         "versions": env._versions(),
         "platform": "Example-1.0",
         "cpu": env.cpu_report(cpuinfo),
-        "cuda": [{"name": "Example GPU", "capability": "12.0", "fp4_tensor_cores": True}],
+        "cuda": [
+            {
+                "name": "Example GPU",
+                "capability": "12.0",
+                "fp4_tensor_cores": True,
+                "blackwell_kernels": "usable",
+            }
+        ],
+        "cuda_library": "built for sm_120f",
         "ops": OPS,
     }
 

@@ -94,7 +94,8 @@ def test_schema_is_stable():
     assert str(torch.ops.arc.quant_augment.default._schema) == (
         "arc::quant_augment(Tensor x, Tensor act_blocks, Tensor weight_blocks, Tensor? "
         "outer_scale, str scale_mode, Tensor? channel_order=None, Tensor? act_channels=None, "
-        'bool four_over_six=False, str plan="") -> (Tensor, Tensor, Tensor)'
+        'bool four_over_six=False, str plan="", str scale_layout="plain") -> '
+        "(Tensor, Tensor, Tensor)"
     )
 
 

@@ -3,6 +3,7 @@
 import torch
 
 from arc_ao.ops import native
+from arc_ao.ops.cuda import library as cuda_library
 
 OPERATORS = (
     "arc::quant_augment",
@@ -16,7 +17,12 @@ OPERATORS = (
 
 def preferred_layout(device: torch.device) -> str:
     """The weight layout that the kernels of a device read without rearranging it."""
-    return "panels" if device.type == "cpu" and native.load() is not None else "plain"
+    if device.type == "cpu":
+        return "plain" if native.load() is None else "panels"
+    if device.type == "cuda" and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(device)
+        return "plain" if cuda_library.reason_absent(capability) else "swizzled"
+    return "plain"
 
 
 def backend_report() -> dict[str, dict[str, str]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from arc_ao.formats import nvfp4
 from arc_ao.ops.checks import check
-from arc_ao.ops.layout import LAYOUTS, from_panels
+from arc_ao.ops.layout import LAYOUTS, from_panels, repeat_blocks, swizzled_shape, unswizzle
 from arc_ao.ops.registry import define
 
 CHUNK_BLOCKS = 1 << 16  # of the weight, decoded to fp32 at a time: 4 MiB
@@ -35,7 +35,8 @@ def nvfp4_gemm_eager(
     """Multiply augmented NVFP4 operands.
 
     Args:
-        a, a_scale: uint8 [M, K_aug/2] codes and [M, K_aug/16] e4m3 bits from `quant_augment`.
+        a, a_scale: uint8 [M, K_aug/2] codes and [M, K_aug/16] e4m3 bits from `quant_augment`;
+            both swizzled where b_layout is.
         a_outer: fp32 [M] or [1].
         b, b_scale: uint8 [N, K_b/2] and [N, K_b/16], K_b = K_aug - 16 * len(act_blocks).
         b_outer: fp32 [1].
@@ -43,7 +44,8 @@ def nvfp4_gemm_eager(
         out_dtype: bf16, fp16 or fp32.
         act_blocks: int32 [Ra], base blocks of b that are read a second time.
         base_blocks: number of base blocks in b, after which the second reading is inserted.
-        b_layout: "plain", or "panels" (see ops/layout.py).
+        b_layout: "plain", "panels" or "swizzled" (see ops/layout.py). Swizzled b holds its repeated
+            blocks; act_blocks and base_blocks are not read.
 
     Returns:
         [M, N] in out_dtype.
@@ -52,10 +54,15 @@ def nvfp4_gemm_eager(
         RuntimeError: operands whose K_aug differ, naming both; scales, bias, base_blocks or
             b_layout that do not fit the operands.
     """
-    _check(a, a_scale, b, b_scale, act_blocks, base_blocks, b_layout)
+    if b_layout == "swizzled":
+        check_swizzled(a, a_scale, b, b_scale)
+        (a, a_scale), (b, b_scale) = unswizzle(a, a_scale), unswizzle(b, b_scale)
+        act_blocks = None
+    else:
+        check_operands(a, a_scale, b, b_scale, act_blocks, base_blocks, b_layout)
     if b_layout == "panels":
         b, b_scale = from_panels(b, b_scale)
-    _check_epilogue(a_outer, bias, a.shape[0], b.shape[0])
+    check_epilogue(a_outer, bias, a.shape[0], b.shape[0])
     left = nvfp4.decode(a, a_scale)  # [M, K_aug]
     y = left.new_empty((a.shape[0], b.shape[0]))
     with torch.autocast(a.device.type, enabled=False):  # autocast would round the sums to bf16
@@ -73,10 +80,7 @@ def _decode_weight(
 ) -> Tensor:
     """Rows of W_aug, fp32 [n, K_aug], with the repeated blocks in their place."""
     if act_blocks is not None and act_blocks.numel():
-        stored = torch.arange(b_scale.shape[1], dtype=act_blocks.dtype, device=b.device)
-        columns = torch.cat((stored[:base_blocks], act_blocks, stored[base_blocks:]))
-        b = nvfp4.bytes_of_blocks(b).index_select(1, columns).flatten(1)
-        b_scale = b_scale.index_select(1, columns)
+        b, b_scale = repeat_blocks(b, b_scale, act_blocks, base_blocks)
     return nvfp4.decode(b, b_scale)
 
 
@@ -96,7 +100,7 @@ def _nvfp4_gemm_fake(
     return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
 
 
-def _check(
+def check_operands(
     a: Tensor,
     a_scale: Tensor,
     b: Tensor,
@@ -129,7 +133,23 @@ def _check(
     )
 
 
-def _check_epilogue(a_outer: Tensor, bias: Tensor | None, rows: int, cols: int) -> None:
+def check_swizzled(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> None:
+    check(
+        a.shape[1] == b.shape[1] and a.shape[1] % nvfp4.BLOCK_SIZE == 0,
+        f"nvfp4_gemm: a has K_aug = {2 * a.shape[1]}, swizzled b has {2 * b.shape[1]}, expected "
+        "equal multiples of 32; quantize x with the blocks of this weight and scale_layout "
+        "'swizzled'",
+    )
+    for name, codes, scale in (("a", a, a_scale), ("b", b, b_scale)):
+        expected = swizzled_shape(codes.shape[0], 2 * codes.shape[1] // nvfp4.BLOCK_SIZE)
+        check(
+            scale.shape == expected,
+            f"nvfp4_gemm: {name} has {codes.shape[0]} rows of {2 * codes.shape[1]} codes and "
+            f"scales {list(scale.shape)}, expected swizzled scales {list(expected)}",
+        )
+
+
+def check_epilogue(a_outer: Tensor, bias: Tensor | None, rows: int, cols: int) -> None:
     check(
         a_outer.shape in ((1,), (rows,)),
         f"nvfp4_gemm: a_outer must have shape [1] or [{rows}], got {list(a_outer.shape)}",

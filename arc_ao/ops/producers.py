@@ -110,7 +110,7 @@ def rms_norm_quant_augment_eager(x, weight, eps, *augmentation) -> tuple[Tensor,
     Raises:
         RuntimeError: a weight of another shape or dtype; what `quant_augment` refuses.
     """
-    _check_norm(x, weight, "rms_norm_quant_augment")
+    check_norm(x, weight, "rms_norm_quant_augment")
     return quant_augment_eager(rms_norm(x, weight, eps), *augmentation)
 
 
@@ -121,8 +121,8 @@ def add_rms_norm_quant_augment_eager(
 
     Args and Raises as in `rms_norm_quant_augment_eager`; residual has the shape and dtype of x.
     """
-    _check_same(x, residual, "add_rms_norm_quant_augment", "residual")
-    _check_norm(x, weight, "add_rms_norm_quant_augment")
+    check_same(x, residual, "add_rms_norm_quant_augment", "residual")
+    check_norm(x, weight, "add_rms_norm_quant_augment")
     total = (x.float() + residual.float()).to(x.dtype)
     return *quant_augment_eager(rms_norm(total, weight, eps), *augmentation), total
 
@@ -133,7 +133,7 @@ def silu_mul_quant_augment_eager(gate, up, *augmentation) -> tuple[Tensor, Tenso
     Raises:
         RuntimeError: shapes or dtypes that differ; what `quant_augment` refuses.
     """
-    _check_same(gate, up, "silu_mul_quant_augment", "up")
+    check_same(gate, up, "silu_mul_quant_augment", "up")
     return quant_augment_eager(silu_mul(gate, up), *augmentation)
 
 
@@ -160,10 +160,10 @@ def _check_gelu(x: Tensor, up: Tensor | None, approximate: str) -> None:
         f"gelu_quant_augment: approximate must be one of {APPROXIMATIONS}, got {approximate!r}",
     )
     if up is not None:
-        _check_same(x, up, "gelu_quant_augment", "up")
+        check_same(x, up, "gelu_quant_augment", "up")
 
 
-def _check_same(first: Tensor, other: Tensor, op: str, name: str) -> None:
+def check_same(first: Tensor, other: Tensor, op: str, name: str) -> None:
     check(
         first.shape == other.shape and first.dtype == other.dtype,
         f"{op}: {name} must have the shape and dtype of the first input, {list(first.shape)}, got "
@@ -171,7 +171,7 @@ def _check_same(first: Tensor, other: Tensor, op: str, name: str) -> None:
     )
 
 
-def _check_norm(x: Tensor, weight: Tensor, op: str) -> None:
+def check_norm(x: Tensor, weight: Tensor, op: str) -> None:
     check(
         weight.shape == x.shape[-1:] and weight.dtype == x.dtype,
         f"{op}: weight must have shape {list(x.shape[-1:])} and the dtype of x, got "
@@ -182,8 +182,9 @@ def _check_norm(x: Tensor, weight: Tensor, op: str) -> None:
 def _fake(op: str, x: Tensor, augmentation: tuple) -> tuple[Tensor, Tensor, Tensor]:
     act_blocks, weight_blocks, outer_scale, scale_mode, *rest = augmentation
     act_channels = rest[1] if len(rest) > 1 else None
-    check_augmentation(x, outer_scale, scale_mode, act_channels, op)
-    return augmented_shapes(x, act_blocks, weight_blocks, scale_mode, act_channels)
+    scale_layout = rest[4] if len(rest) > 4 else "plain"
+    check_augmentation(x, outer_scale, scale_mode, act_channels, scale_layout, op)
+    return augmented_shapes(x, act_blocks, weight_blocks, scale_mode, act_channels, scale_layout)
 
 
 rms_norm_quant_augment = define(

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from arc_ao.formats import nvfp4
 from arc_ao.ops.checks import check
+from arc_ao.ops.layout import SCALE_LAYOUTS, swizzle, swizzled_shape
 from arc_ao.ops.registry import define
 
 # The arguments that the fused producers share, in this order.
 AUGMENTATION = (
     "Tensor act_blocks, Tensor weight_blocks, Tensor? outer_scale, str scale_mode, "
     "Tensor? channel_order=None, Tensor? act_channels=None, bool four_over_six=False, "
-    'str plan=""'
+    'str plan="", str scale_layout="plain"'
 )
 SCALE_MODES = ("token", "tensor", "static")
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -39,6 +40,7 @@ def quant_augment_eager(
     act_channels: Tensor | None = None,
     four_over_six: bool = False,
     plan: str = "",
+    scale_layout: str = "plain",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize x [*, K] and append its residual columns.
 
@@ -54,16 +56,17 @@ def quant_augment_eager(
         four_over_six: choose each block's scale between amax/6 and amax/4.
         plan: digest of all arguments but x, or "". It changes nothing here: graph passes, which do
             not see the values of tensors, take calls of equal digests for equal calls.
+        scale_layout: "plain", or "swizzled" for weights in that layout (see ops/layout.py).
 
     Returns:
         qdata uint8 [M, K_aug/2], scale uint8 [M, K_aug/16] (e4m3 bits), outer fp32 [M] or [1],
-        with M the product of the leading dimensions of x.
+        with M the product of the leading dimensions of x; qdata and scale padded where swizzled.
 
     Raises:
-        RuntimeError: unknown scale_mode, x of another dtype, outer_scale missing, unexpected or of
-            another shape, act_channels not a multiple of 16.
+        RuntimeError: unknown scale_mode or scale_layout, x of another dtype, outer_scale missing,
+            unexpected or of another shape, act_channels not a multiple of 16.
     """
-    check_augmentation(x, outer_scale, scale_mode, act_channels)
+    check_augmentation(x, outer_scale, scale_mode, act_channels, scale_layout)
     rows = x.reshape(-1, x.shape[-1])  # [M, K]
     inverse, outer = _outer_scales(rows, outer_scale, scale_mode)
     blocks = _augmented_blocks(x, act_blocks, weight_blocks, act_channels)
@@ -77,6 +80,8 @@ def quant_augment_eager(
         parts = _parts(scaled, act_blocks, weight_blocks, act_channels, four_over_six)
         qdata[some] = nvfp4.pack(torch.cat([part.codes for part in parts], dim=1).flatten(1))
         scale[some] = nvfp4.encode_e4m3(torch.cat([part.scale for part in parts], dim=1))
+    if scale_layout == "swizzled":
+        qdata, scale = swizzle(qdata, scale)
     return qdata, scale, outer
 
 
@@ -90,9 +95,10 @@ def _quant_augment_fake(
     act_channels=None,
     four_over_six=False,
     plan="",
+    scale_layout="plain",
 ):
-    check_augmentation(x, outer_scale, scale_mode, act_channels)
-    return augmented_shapes(x, act_blocks, weight_blocks, scale_mode, act_channels)
+    check_augmentation(x, outer_scale, scale_mode, act_channels, scale_layout)
+    return augmented_shapes(x, act_blocks, weight_blocks, scale_mode, act_channels, scale_layout)
 
 
 def augmented_shapes(
@@ -101,13 +107,18 @@ def augmented_shapes(
     weight_blocks: Tensor,
     scale_mode: str,
     act_channels: Tensor | None,
+    scale_layout: str = "plain",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Empty qdata, scale and outer scale for x [*, K]."""
     rows = math.prod(x.shape[:-1])
     blocks = _augmented_blocks(x, act_blocks, weight_blocks, act_channels)
+    scale_shape = (rows, blocks)
+    if scale_layout == "swizzled":
+        blocks += blocks % 2
+        scale_shape = swizzled_shape(rows, blocks)
     return (
         x.new_empty((rows, blocks * nvfp4.BLOCK_SIZE // 2), dtype=torch.uint8),
-        x.new_empty((rows, blocks), dtype=torch.uint8),
+        x.new_empty(scale_shape, dtype=torch.uint8),
         x.new_empty((rows if scale_mode == "token" else 1,), dtype=torch.float32),
     )
 
@@ -117,6 +128,7 @@ def check_augmentation(
     outer_scale: Tensor | None,
     scale_mode: str,
     act_channels: Tensor | None,
+    scale_layout: str = "plain",
     op: str = "quant_augment",
 ) -> None:
     """Refuse arguments that do not fit together; every message names the operator."""
@@ -125,6 +137,10 @@ def check_augmentation(
     check(
         scale_mode in SCALE_MODES,
         f"{op}: scale_mode must be one of {SCALE_MODES}, got {scale_mode!r}",
+    )
+    check(
+        scale_layout in SCALE_LAYOUTS,
+        f"{op}: scale_layout must be one of {SCALE_LAYOUTS}, got {scale_layout!r}",
     )
     check(
         (scale_mode == "static") == (outer_scale is not None),

@@ -5,6 +5,7 @@ import operator
 import torch
 from torch.fx import GraphModule, Node
 
+from arc_ao.ops.layout import scale_layout_for
 from arc_ao.passes.graph_linears import GraphLinear, register, remove_attribute
 from arc_ao.passes.nodes import aten, meta_of, value
 from arc_ao.tensor import INPUT_TENSORS, ARCTensor
@@ -68,6 +69,7 @@ def _quantize(
             ids["act_channels"],
             tensor.four_over_six,
             tensor.input_plan,
+            scale_layout_for(tensor.weight_layout),
         ),
     )
     return tuple(gm.graph.call_function(operator.getitem, (call, i)) for i in range(3)), ids

@@ -2,7 +2,8 @@
 
 Calls of `arc::quant_augment` on one tensor are equal if their block ids, scales and settings are.
 Those tensors are inputs of the graph, whose values a pass does not see: equal digests (`plan`)
-stand for equal values, and a call without one is compared by its nodes.
+stand for equal values, and a call without one is compared by its nodes. The layout of the scales is
+the weight's matter and not part of the digest.
 """
 
 from typing import Any
@@ -31,4 +32,4 @@ def share_quantize(graph: Graph) -> int:
 def _key(node: Node) -> Any:
     arguments = bound(node)
     x, plan = arguments.pop("x"), arguments.pop("plan")
-    return (x, plan) if plan else (x, *arguments.values())
+    return (x, plan, arguments["scale_layout"]) if plan else (x, *arguments.values())

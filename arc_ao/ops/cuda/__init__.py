@@ -1,0 +1,1 @@
+"""Operators on NVIDIA GPUs: `blackwell` calls the compiled kernels of csrc/cuda."""
