@@ -155,6 +155,8 @@ def test_fused_producers(on_host, name, dtype):
         ("rms_norm_quant_augment", (x, weight, 1e-5)),
         ("add_rms_norm_quant_augment", (x, other, weight, 1e-5)),
         ("silu_mul_quant_augment", (x, other)),
+        ("gelu_quant_augment", (x, None, "none")),
+        ("gelu_quant_augment", (x, other, "tanh")),
     ]
     for operator, inputs in cases:
         for layout in ("plain", "swizzled"):

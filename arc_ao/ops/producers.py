@@ -147,14 +147,15 @@ def gelu_quant_augment_eager(x, up, approximate, *augmentation) -> tuple[Tensor,
         RuntimeError: shapes or dtypes that differ; another approximation; what `quant_augment`
             refuses.
     """
-    _check_gelu(x, up, approximate)
+    check_gelu(x, up, approximate)
     y = gelu(x, approximate)
     if up is not None:
         y = (y.float() * up.float()).to(x.dtype)
     return quant_augment_eager(y, *augmentation)
 
 
-def _check_gelu(x: Tensor, up: Tensor | None, approximate: str) -> None:
+def check_gelu(x: Tensor, up: Tensor | None, approximate: str) -> None:
+    """Refuse an unknown approximation, or an `up` that does not fit x."""
     check(
         approximate in APPROXIMATIONS,
         f"gelu_quant_augment: approximate must be one of {APPROXIMATIONS}, got {approximate!r}",
@@ -210,7 +211,7 @@ silu_mul_quant_augment = define(
 
 
 def _gelu_fake(x, up, approximate, *rest):
-    _check_gelu(x, up, approximate)
+    check_gelu(x, up, approximate)
     return _fake("gelu_quant_augment", x, rest)
 
 

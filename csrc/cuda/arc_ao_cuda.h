@@ -17,12 +17,19 @@ extern "C" {
 
 enum { ARC_FLOAT = 0, ARC_BFLOAT16 = 1, ARC_HALF = 2 };
 enum { ARC_SCALE_TOKEN = 0, ARC_SCALE_TENSOR = 1, ARC_SCALE_STATIC = 2 };
-enum { ARC_PLAIN = 0, ARC_RMS_NORM = 1, ARC_ADD_RMS_NORM = 2, ARC_SILU_MUL = 3 };
+enum {
+  ARC_PLAIN = 0,
+  ARC_RMS_NORM = 1,
+  ARC_ADD_RMS_NORM = 2,
+  ARC_SILU_MUL = 3,
+  ARC_GELU = 4,
+  ARC_TANH_GELU = 5
+};
 
 // Rows [rows, channels] of `number`, contiguous, to augmented NVFP4 rows. Unused pointers are null.
 struct ArcQuantize {
   const void* x;       // the gate for ARC_SILU_MUL
-  const void* other;   // residual of ARC_ADD_RMS_NORM, up of ARC_SILU_MUL
+  const void* other;   // residual of ARC_ADD_RMS_NORM, up of ARC_SILU_MUL, up or null of GELUs
   const void* weight;  // [channels], of the norms
   void* sum;           // [rows, channels], written by ARC_ADD_RMS_NORM
   const int32_t *act_blocks, *weight_blocks, *channel_order, *act_channels;

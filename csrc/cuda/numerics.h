@@ -219,6 +219,25 @@ ARC_SHARED float silu_mul(float gate, float up, Number number) {
   return round_to(mul(round_to(silu, number), up), number);
 }
 
+// x Phi(x) by the error function of producers.gelu.
+ARC_SHARED float gelu(float x) {
+  const float z = mul(bits_as<float>(abs_bits(x)), 0.707106781186547524f);
+  const float t = divide(1.0f, add(mul(z, 0.3275911f), 1.0f));
+  float p = 1.061405429f;
+  p = add(mul(p, t), -1.453152027f);
+  p = add(mul(p, t), 1.421413741f);
+  p = add(mul(p, t), -0.284496736f);
+  p = add(mul(p, t), 0.254829592f);
+  const float tail = mul(mul(mul(p, t), 0.5f), exponential(sub(0.0f, mul(z, z))));
+  return mul(x, x < 0.0f ? tail : sub(1.0f, tail));
+}
+
+ARC_SHARED float tanh_gelu(float x) {
+  constexpr float kSlope = 1.5957691216057308f;  // 2 sqrt(2 / pi)
+  const float inner = add(x, mul(mul(mul(x, x), x), 0.044715f));
+  return divide(x, add(exponential(sub(0.0f, mul(inner, kSlope))), 1.0f));
+}
+
 ARC_SHARED float inverse_rms(double sum_of_squares, int64_t channels, float eps) {
   const float mean = float(sum_of_squares / double(channels));
   return divide(1.0f, square_root(add(mean, eps)));

@@ -96,7 +96,7 @@ cudaError_t launch(const ArcQuantize& q, cudaStream_t stream) {
 const char* refusal(const ArcQuantize& q) {
   constexpr int64_t kMaxRows = 0x7FFFFF80;
   const auto inside = [](int value, int last) { return value >= 0 && value <= last; };
-  if (!inside(q.number, 2) || !inside(q.producer, 3) || !inside(q.scale_mode, 2)) {
+  if (!inside(q.number, 2) || !inside(q.producer, ARC_TANH_GELU) || !inside(q.scale_mode, 2)) {
     return message("quantize: number, producer or scale_mode out of range");
   }
   if (q.rows < 1 || q.rows > kMaxRows) {
@@ -122,7 +122,7 @@ const char* arc_ao_cuda_quantize(const ArcQuantize* q, int32_t device, void* str
   if (const char* refused = arc::refusal(*q)) return refused;
   constexpr cudaError_t (*kLaunch[])(const ArcQuantize&, cudaStream_t) = {
       arc::launch<ARC_PLAIN>, arc::launch<ARC_RMS_NORM>, arc::launch<ARC_ADD_RMS_NORM>,
-      arc::launch<ARC_SILU_MUL>};
+      arc::launch<ARC_SILU_MUL>, arc::launch<ARC_GELU>, arc::launch<ARC_TANH_GELU>};
   // This library has a CUDA runtime of its own, which must learn the device, too.
   cudaError_t error = cudaSetDevice(device);
   if (error == cudaSuccess) error = kLaunch[q->producer](*q, cudaStream_t(stream));

@@ -64,6 +64,11 @@ struct Row {
     if (kProducer == ARC_SILU_MUL) {
       return silu_mul(x, load_number(q.other, row * q.channels + k, number), number);
     }
+    if (kProducer == ARC_GELU || kProducer == ARC_TANH_GELU) {
+      const float v = round_to(kProducer == ARC_GELU ? gelu(x) : tanh_gelu(x), number);
+      if (!q.other) return v;
+      return round_to(mul(v, load_number(q.other, row * q.channels + k, number)), number);
+    }
     return normed(x, inverse_rms, load_number(q.weight, k, number), number);
   }
 

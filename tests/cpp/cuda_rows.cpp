@@ -48,7 +48,7 @@ extern "C" {
 void host_quantize(const ArcQuantize* q) {
   constexpr void (*kQuantize[])(const ArcQuantize&) = {
       quantize<ARC_PLAIN>, quantize<ARC_RMS_NORM>, quantize<ARC_ADD_RMS_NORM>,
-      quantize<ARC_SILU_MUL>};
+      quantize<ARC_SILU_MUL>, quantize<ARC_GELU>, quantize<ARC_TANH_GELU>};
   kQuantize[q->producer](*q);
 }
 

@@ -22,6 +22,7 @@ from arc_ao.ops.quant_augment import augmented_shapes, check_augmentation, quant
 
 __all__ = [
     "add_rms_norm_quant_augment",
+    "gelu_quant_augment",
     "nvfp4_gemm",
     "quant_augment",
     "reason_absent",
@@ -77,6 +78,17 @@ def silu_mul_quant_augment(
     if gate.numel() == 0:
         return producers.silu_mul_quant_augment_eager(gate, up, *augmentation)
     return how.run("silu_mul", gate, other=up)
+
+
+def gelu_quant_augment(
+    x: Tensor, up: Tensor | None, approximate: str, *augmentation
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`arc::gelu_quant_augment` on a GPU; arguments and errors as there."""
+    producers.check_gelu(x, up, approximate)
+    how = _Augmentation(x, "gelu_quant_augment", *augmentation)
+    if x.numel() == 0:
+        return producers.gelu_quant_augment_eager(x, up, approximate, *augmentation)
+    return how.run("tanh_gelu" if approximate == "tanh" else "gelu", x, other=up)
 
 
 class _Augmentation:

@@ -20,7 +20,12 @@ LIBRARY = Path(
 FAMILIES = {"100f": ((10, 0), (10, 3)), "120f": ((12, 0), (12, 1))}
 NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SCALE_MODES = {"token": 0, "tensor": 1, "static": 2}
-PRODUCERS = {"plain": 0, "rms_norm": 1, "add_rms_norm": 2, "silu_mul": 3}
+PRODUCERS = {
+    name: number
+    for number, name in enumerate(
+        ("plain", "rms_norm", "add_rms_norm", "silu_mul", "gelu", "tanh_gelu")
+    )
+}
 
 
 def _fields(kind: type, names: str) -> list[tuple[str, type]]:
