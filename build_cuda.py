@@ -98,8 +98,7 @@ def missing() -> str | None:
 
 def requirements() -> list[str]:
     """What pip installs into an isolated build's environment for this."""
-    given = os.environ.get("ARC_AO_CUTLASS") is not None
-    return [CUTLASS_REQUIREMENT] if families() and nvcc() and not given else []
+    return [CUTLASS_REQUIREMENT] if families() and nvcc() and cutlass() is None else []
 
 
 def build_library(target: Path, work: Path, names: list[str]) -> None:

@@ -76,10 +76,14 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
 def test_isolated_builds_get_the_headers_only_where_they_are_wanted(monkeypatch):
     monkeypatch.setenv("NVCC", sys.executable)
     monkeypatch.setenv("ARC_AO_CUDA", "1")
+    monkeypatch.setattr(build_cuda, "cutlass", lambda: None)
     assert build_cuda.requirements() == [build_cuda.CUTLASS_REQUIREMENT]
     pinned = (ROOT / "constraints-cuda.txt").read_text()
     assert build_cuda.CUTLASS_REQUIREMENT in pinned
     monkeypatch.setenv("ARC_AO_CUDA", "0")
+    assert build_cuda.requirements() == []
+    monkeypatch.setenv("ARC_AO_CUDA", "1")
+    monkeypatch.setattr(build_cuda, "cutlass", lambda: ROOT)
     assert build_cuda.requirements() == []
 
 

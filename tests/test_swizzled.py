@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from test_passes import BLOCKS, count, norm, quantize, rewritten, silu
+from test_passes import inputs as rows_of_64
 from test_quant_augment import CONFIGS, EMPTY, activations, augment, ids
 from test_tensor import VARIANTS, assert_same, inputs, linear, make_weight, quantized
 from torch import Tensor
@@ -26,6 +28,7 @@ from arc_ao.ops.layout import (
 )
 from arc_ao.ops.nvfp4_gemm import nvfp4_gemm_eager
 from arc_ao.ops.quant_augment import quant_augment_eager
+from arc_ao.passes.pipeline import run_passes
 from arc_ao.passes.share_quantize import share_quantize
 
 ONE = 0x38  # the e4m3 bits of 1: sums of products are exact then
@@ -198,6 +201,19 @@ def test_quantizations_into_different_layouts_are_not_shared():
     rest = (x, None, None, None, "token", None, None, False, "digest")
     graph.output([graph.call_function(target, (*rest, layout)) for layout in layouts])
     assert share_quantize(graph) == 1
+
+
+def test_fused_calls_keep_the_layout():
+    """The passes hand every argument on: norm, sum, gated product; bit for bit."""
+
+    def block(x, y, w, q):
+        total, how = x + y, {"scale_layout": "swizzled"}
+        return quantize(norm(total, w), q, **how), quantize(silu(total) * y, q, plan="r", **how)
+
+    gm, applied = rewritten(block, lambda g: sum(run_passes(g).values()), *rows_of_64(), BLOCKS)
+    assert applied == 2
+    assert count(gm, torch.ops.arc.add_rms_norm_quant_augment) == 1
+    assert count(gm, torch.ops.arc.silu_mul_quant_augment) == 1
 
 
 def test_plain_and_panels_read_plain_activations():
