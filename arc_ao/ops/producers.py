@@ -27,7 +27,8 @@ from arc_ao.ops.registry import define
 ROUND = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer
 # Cephes expf: ln 2 in two parts, and the polynomial for e^r on |r| <= ln(2) / 2.
 LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4
-EXP_POLYNOMIAL = (
+EXP_LEADING = 1.9875691500e-4
+EXP_POLYNOMIAL = (  # behind the leading coefficient
     1.3981999507e-3,
     8.3334519073e-3,
     4.1665795894e-2,
@@ -44,7 +45,7 @@ def exp(x: Tensor) -> Tensor:
     n = shifted - ROUND
     r = x - n * _constant(LN2_HIGH, x)
     r = r - n * _constant(LN2_LOW, x)
-    p = _constant(1.9875691500e-4, x).expand_as(r)
+    p = _constant(EXP_LEADING, x).expand_as(r)
     for coefficient in EXP_POLYNOMIAL:
         p = p * r + _constant(coefficient, x)
     y = (p * r) * r + r + 1.0
@@ -84,7 +85,7 @@ def rms_norm_quant_augment_eager(x, weight, eps, *augmentation) -> tuple[Tensor,
     Raises:
         RuntimeError: a weight of another shape or dtype; what `quant_augment` refuses.
     """
-    _check_norm(x, weight, "rms_norm_quant_augment")
+    check_norm(x, weight, "rms_norm_quant_augment")
     return quant_augment_eager(rms_norm(x, weight, eps), *augmentation)
 
 
@@ -95,8 +96,8 @@ def add_rms_norm_quant_augment_eager(
 
     Args and Raises as in `rms_norm_quant_augment_eager`; residual has the shape and dtype of x.
     """
-    _check_same(x, residual, "add_rms_norm_quant_augment", "residual")
-    _check_norm(x, weight, "add_rms_norm_quant_augment")
+    check_same(x, residual, "add_rms_norm_quant_augment", "residual")
+    check_norm(x, weight, "add_rms_norm_quant_augment")
     total = (x.float() + residual.float()).to(x.dtype)
     return *quant_augment_eager(rms_norm(total, weight, eps), *augmentation), total
 
@@ -107,11 +108,12 @@ def silu_mul_quant_augment_eager(gate, up, *augmentation) -> tuple[Tensor, Tenso
     Raises:
         RuntimeError: shapes or dtypes that differ; what `quant_augment` refuses.
     """
-    _check_same(gate, up, "silu_mul_quant_augment", "up")
+    check_same(gate, up, "silu_mul_quant_augment", "up")
     return quant_augment_eager(silu_mul(gate, up), *augmentation)
 
 
-def _check_same(first: Tensor, other: Tensor, op: str, name: str) -> None:
+def check_same(first: Tensor, other: Tensor, op: str, name: str) -> None:
+    """Refuse inputs of different shape or dtype, naming the operator and the input."""
     check(
         first.shape == other.shape and first.dtype == other.dtype,
         f"{op}: {name} must have the shape and dtype of the first input, {list(first.shape)}, got "
@@ -119,7 +121,8 @@ def _check_same(first: Tensor, other: Tensor, op: str, name: str) -> None:
     )
 
 
-def _check_norm(x: Tensor, weight: Tensor, op: str) -> None:
+def check_norm(x: Tensor, weight: Tensor, op: str) -> None:
+    """Refuse a norm's weight that does not fit x, naming the operator."""
     check(
         weight.shape == x.shape[-1:] and weight.dtype == x.dtype,
         f"{op}: weight must have shape {list(x.shape[-1:])} and the dtype of x, got "

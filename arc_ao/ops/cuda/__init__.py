@@ -1,0 +1,1 @@
+"""CUDA implementations of `arc::*`; nothing here imports triton before a CUDA tensor arrives."""
