@@ -52,10 +52,10 @@ def nvfp4_gemm_eager(
         RuntimeError: operands whose K_aug differ, naming both; scales, bias, base_blocks or
             b_layout that do not fit the operands.
     """
-    _check(a, a_scale, b, b_scale, act_blocks, base_blocks, b_layout)
+    check_operands(a, a_scale, b, b_scale, act_blocks, base_blocks, b_layout)
     if b_layout == "panels":
         b, b_scale = from_panels(b, b_scale)
-    _check_epilogue(a_outer, bias, a.shape[0], b.shape[0])
+    check_epilogue(a_outer, bias, a.shape[0], b.shape[0])
     left = nvfp4.decode(a, a_scale)  # [M, K_aug]
     y = left.new_empty((a.shape[0], b.shape[0]))
     with torch.autocast(a.device.type, enabled=False):  # autocast would round the sums to bf16
@@ -96,7 +96,7 @@ def _nvfp4_gemm_fake(
     return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
 
 
-def _check(
+def check_operands(
     a: Tensor,
     a_scale: Tensor,
     b: Tensor,
@@ -129,7 +129,7 @@ def _check(
     )
 
 
-def _check_epilogue(a_outer: Tensor, bias: Tensor | None, rows: int, cols: int) -> None:
+def check_epilogue(a_outer: Tensor, bias: Tensor | None, rows: int, cols: int) -> None:
     check(
         a_outer.shape in ((1,), (rows,)),
         f"nvfp4_gemm: a_outer must have shape [1] or [{rows}], got {list(a_outer.shape)}",
