@@ -1,10 +1,8 @@
 """Kernels behind arc::nvfp4_gemm: products of NVFP4 operands on GPUs without FP4 matrix units.
 
 Operands are read as int64 [rows, blocks], one element per 16-channel block, beside their scales
-[rows, blocks]. The code of channel j is nibble j of every element, so the channels at one place of
-all blocks are multiplied at a time and nothing is ever interleaved:
-
-    y = sum over j of  A_j B_j^T        A_j [M, blocks], B_j [N, blocks], j = 0..15
+[rows, blocks]. The code of channel j is nibble j of every element. Both operands are decoded in
+the same order of channels, the one that needs no exchange between threads.
 
 A q*s product has at most 6 significant bits. Decoding leaves it times 2^-7 (`small_e2m1` gives
 q * 2^-126, the scale is taken times 2^119), which the epilogue makes up for: a multiple of 2^-17 up
@@ -59,6 +57,30 @@ def high_word(block):
 
 
 @triton.jit
+def decode_word(word, scale):
+    """fp16 [m, n, 2, 2, 2] of the codes in int32 words [m, n], channel c at [c & 1, c & 2, c & 4].
+
+    The values of a word stay with the thread that holds it.
+    """
+    low_pairs = tl.join(
+        tl.join(operand(word, 0, scale).to(tl.float16), operand(word, 1, scale).to(tl.float16)),
+        tl.join(operand(word, 2, scale).to(tl.float16), operand(word, 3, scale).to(tl.float16)),
+    )
+    high_pairs = tl.join(
+        tl.join(operand(word, 4, scale).to(tl.float16), operand(word, 5, scale).to(tl.float16)),
+        tl.join(operand(word, 6, scale).to(tl.float16), operand(word, 7, scale).to(tl.float16)),
+    )
+    return tl.join(low_pairs, high_pairs)
+
+
+@triton.jit
+def decode_tile(block, scale, m: tl.constexpr, n: tl.constexpr):
+    """fp16 [m, 16 n] of int64 blocks [m, n], the channels of each block in `decode_word`'s order."""
+    low, high = decode_word(low_word(block), scale), decode_word(high_word(block), scale)
+    return tl.reshape(tl.join(low, high), (m, 16 * n))
+
+
+@triton.jit
 def store_product(y, product, a_outer, b_outer, bias, m, n, mask, has_bias: tl.constexpr):
     """product [m, n] * a_outer * b_outer + bias, rounded once. a_outer: fp32, shaped for it."""
     product = product * a_outer * b_outer
@@ -110,14 +132,9 @@ def multiply_tiles(
             w = tl.load(b + b_at, mask=exists, other=0)
             w_scale = tl.load(b_scale + b_at, mask=exists, other=0)
         left, right = operand_scale(x_scale), operand_scale(w_scale)
-        for j in tl.static_range(8):
-            x_j = operand(low_word(x), j, left).to(tl.float16)
-            w_j = operand(low_word(w), j, right).to(tl.float16)
-            total = tl.dot(x_j, tl.trans(w_j), total)
-        for j in tl.static_range(8):
-            x_j = operand(high_word(x), j, left).to(tl.float16)
-            w_j = operand(high_word(w), j, right).to(tl.float16)
-            total = tl.dot(x_j, tl.trans(w_j), total)
+        x = decode_tile(x, left, BLOCK_M, BLOCK_K)
+        w = decode_tile(w, right, BLOCK_N, BLOCK_K)
+        total = tl.dot(x, tl.trans(w), total)
     mask = (m < rows)[:, None] & (n < columns)[None, :]
     at = m.to(tl.int64)[:, None] * columns + n[None, :]
     if partial:
