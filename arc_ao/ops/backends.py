@@ -3,6 +3,7 @@
 import torch
 
 from arc_ao.ops import native
+from arc_ao.ops.cuda import dispatch
 
 OPERATORS = (
     "arc::quant_augment",
@@ -15,6 +16,8 @@ OPERATORS = (
 
 def preferred_layout(device: torch.device) -> str:
     """The weight layout that the kernels of a device read without rearranging it."""
+    if device.type == "cuda":
+        return dispatch.weight_layout(device)
     return "panels" if device.type == "cpu" and native.load() is not None else "plain"
 
 
@@ -24,3 +27,8 @@ def backend_report() -> dict[str, dict[str, str]]:
     reason = native.reason_absent() or f"the best of: {native.cpu_features()}"
     backend = "eager" if level == "eager" else f"native CPU, {level}"
     return {name: {"backend": backend, "reason": reason} for name in OPERATORS}
+
+
+def cuda_backend(index: int) -> dict[str, str]:
+    """{"backend", "reason"} of every operator on CUDA device `index`."""
+    return dispatch.choice_for(index)._asdict()

@@ -1,1 +1,2 @@
-"""CUDA implementations of `arc::*`; nothing here imports triton before a CUDA tensor arrives."""
+"""Operators on NVIDIA GPUs. `dispatch` chooses; `blackwell`, where it is built, calls the compiled
+kernels of csrc/cuda; the modules triton_* run everywhere from sm_80 on."""

@@ -84,7 +84,7 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """qdata, scale, outer and, for ADD_RMS_NORM, the sum in the shape of x."""
     x = source.first
-    check_augmentation(x, outer_scale, scale_mode, act_channels, op)
+    check_augmentation(x, outer_scale, scale_mode, act_channels, op=op)
     check(x.shape[-1] > 0, f"{op}: x must have at least one channel, got {list(x.shape)}")
     qdata, scale, outer = augmented_shapes(
         x, act_blocks, weight_blocks, scale_mode, act_channels
