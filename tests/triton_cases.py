@@ -16,7 +16,7 @@ from arc_ao.ops import producers
 from arc_ao.ops.cuda import triton_nvfp4, triton_producers, triton_products
 from arc_ao.ops.cuda.tuning import Rule
 from arc_ao.ops.layout import to_panels
-from arc_ao.ops.nvfp4_gemm import nvfp4_gemm_eager
+from arc_ao.ops.nvfp4_gemm import decode_weight
 from arc_ao.ops.quant_augment import quant_augment_eager
 
 EPS = 1e-6
@@ -75,6 +75,15 @@ def test_conversions_equal_the_meaning_on_all_bf16_and_on_ties():
     same_bits((decoded,), (nvfp4.decode_e4m3(scale),))
 
 
+AUGMENTATION = {  # the arguments behind x, in their order
+    "act_blocks": EMPTY,
+    "weight_blocks": EMPTY,
+    "outer_scale": None,
+    "scale_mode": "token",
+    "channel_order": None,
+    "act_channels": None,
+    "four_over_six": False,
+}
 CONFIGS = {
     "plain": {},
     "blocks": {"act_blocks": ids(0, 2), "weight_blocks": ids(2, 0, 1)},
@@ -90,24 +99,18 @@ CONFIGS = {
 }
 
 
-def augmentation(config: str) -> dict:
-    defaults = {"act_blocks": EMPTY, "weight_blocks": EMPTY, "outer_scale": None}
-    return {**defaults, "scale_mode": "token", **CONFIGS[config]}
+def augmentation(config: str) -> tuple:
+    """The arguments behind x."""
+    given = AUGMENTATION | CONFIGS[config]
+    return tuple(given[name] for name in AUGMENTATION)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_quantized_rows_are_bit_equal(config, dtype):
     """40 channels: two blocks and a half; every scale mode and every kind of extra column."""
-    x = activations(2, 40, dtype)
-    changes = augmentation(config).values()
-    names = tuple(augmentation(config))
-    options = dict(zip(names, changes, strict=True))
-    positional = [options.pop(n) for n in list(names)[:4]]
-    same_bits(
-        triton_producers.quant_augment(x, *positional, **options),
-        quant_augment_eager(x, *positional, **options),
-    )
+    arguments = (activations(2, 40, dtype), *augmentation(config))
+    same_bits(triton_producers.quant_augment(*arguments), quant_augment_eager(*arguments))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
@@ -129,17 +132,19 @@ def test_fused_producers_are_bit_equal(config, dtype):
     x, y = activations(2, 40, dtype), activations(3, 40, dtype)[1:]
     y[-1] = 1
     weight = torch.randn(40, generator=generator()).to(dtype)
-    rest = list(augmentation(config).values())[:4]
-    options = {"act_channels": CONFIGS[config].get("act_channels")}
-    norm = triton_producers.rms_norm_quant_augment(x, weight, EPS, *rest, **options)
-    same_bits(norm, producers.rms_norm_quant_augment_eager(x, weight, EPS, *rest, None, *options.values()))
-    added = triton_producers.add_rms_norm_quant_augment(x, y, weight, EPS, *rest, **options)
+    rest = augmentation(config)
     same_bits(
-        added,
-        producers.add_rms_norm_quant_augment_eager(x, y, weight, EPS, *rest, None, *options.values()),
+        triton_producers.rms_norm_quant_augment(x, weight, EPS, *rest),
+        producers.rms_norm_quant_augment_eager(x, weight, EPS, *rest),
     )
-    gated = triton_producers.silu_mul_quant_augment(x, y, *rest, **options)
-    same_bits(gated, producers.silu_mul_quant_augment_eager(x, y, *rest, None, *options.values()))
+    same_bits(
+        triton_producers.add_rms_norm_quant_augment(x, y, weight, EPS, *rest),
+        producers.add_rms_norm_quant_augment_eager(x, y, weight, EPS, *rest),
+    )
+    same_bits(
+        triton_producers.silu_mul_quant_augment(x, y, *rest),
+        producers.silu_mul_quant_augment_eager(x, y, *rest),
+    )
 
 
 @pytest.mark.parametrize("config", ["channels", "tensor"])
@@ -150,7 +155,7 @@ def test_rows_longer_than_a_tile_are_bit_equal(config, monkeypatch):
     x, y = activations(2, 72), activations(3, 72)[1:]
     weight = torch.randn(72, generator=generator()).bfloat16()
     order = torch.randperm(72, generator=generator()).int()
-    rest = (*list(augmentation(config).values())[:4], order, CONFIGS[config].get("act_channels"))
+    rest = (*augmentation(config)[:4], order, CONFIGS[config].get("act_channels"))
     same_bits(triton_producers.quant_augment(x, *rest), quant_augment_eager(x, *rest))
     same_bits(
         triton_producers.add_rms_norm_quant_augment(x, y, weight, EPS, *rest),
@@ -205,13 +210,9 @@ def assert_within_the_bound(y: Tensor, args: dict) -> None:
 
 def _exact(args: dict) -> tuple[Tensor, Tensor]:
     """float64 product and the sum of the absolute values of its terms."""
-    ones = {"a_outer": torch.ones(1), "b_outer": torch.ones(1), "bias": None}
     left = nvfp4.decode(args["a"], args["a_scale"]).double()
-    unit = {**args, **ones, "out_dtype": torch.float32}
-    columns = left.shape[1]
-    eye = nvfp4.quantize(torch.eye(columns), amax=torch.tensor(2688.0))  # outer scale 1
-    identity = {**unit, "a": eye[0], "a_scale": eye[1]}
-    right = nvfp4_gemm_eager(**identity).double().t()  # W_aug as the meaning reads it
+    weight = args["b"], args["b_scale"], args["act_blocks"], args["base_blocks"]
+    right = decode_weight(*weight).double()
     outer = args["a_outer"].double().unsqueeze(-1) * args["b_outer"].double()
     y = (left @ right.t()) * outer
     absolute = (left.abs() @ right.abs().t()) * outer

@@ -81,7 +81,11 @@ def table(capability: tuple[int, int] | None) -> tuple[Rule, ...]:
     Raises:
         ValueError: a table without such a rule.
     """
-    path = table_path(capability)
+    return read_table(table_path(capability))
+
+
+def read_table(path: Path) -> tuple[Rule, ...]:
+    """The rules of one file; raises as `table`."""
     rules = tuple(Rule(**entry) for entry in json.loads(path.read_text())["rules"])
     last = rules[-1]
     if (last.max_m, last.n, last.k) != (None, None, None):
