@@ -47,6 +47,7 @@ class Provider(NamedTuple):
 
     linears: list[Callable[[Tensor], Tensor]]
     weight_bytes: int
+    weights: list  # the copies
 
 
 def available() -> list[str]:
@@ -68,14 +69,14 @@ def build(name: str, weight: Tensor) -> Provider:
         module = _torchao_fp8(weight)
         return _copies(module.weight, weight.nbytes // 2, lambda w: w.clone(), F.linear)
     module = _gemlite(weight)
-    return Provider([module], weight.numel() // 2)
+    return Provider([module], weight.numel() // 2, [module])
 
 
 def _copies(weight, size: int, clone: Callable, multiply: Callable) -> Provider:
     device = weight.device if isinstance(weight, Tensor) else weight.qdata.device
     count = min(MAX_COPIES, 1 + COLD_L2_TURNS * l2_bytes(device) // size)
     weights = [weight, *(clone(weight) for _ in range(count - 1))]
-    return Provider([lambda x, w=w: multiply(x, w) for w in weights], size)
+    return Provider([lambda x, w=w: multiply(x, w) for w in weights], size, weights)
 
 
 def l2_bytes(device: torch.device) -> int:

@@ -1,7 +1,7 @@
 """Which kernel multiplies, by GPU and shape: tables in tuned/, one file per compute capability.
 
-A table is a list of rules; the first one that fits (M at most `max_m`; N and K equal to `n` and `k`
-where these are given) names the route and its tile. tuned/default.json serves GPUs without a table
+A table is a list of rules; the first one that fits (M at most `max_m`; N equal to `n`, and K_aug at
+most a quarter above `k`, where these are given) names the route and its tile. tuned/default.json serves GPUs without a table
 of their own; its rules are reasoned, not measured ("measured": null).
 `python benchmarks/gpu_suite.py --tune` measures a table for the GPU at hand.
 
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 TABLES = Path(__file__).parent / "tuned"
+MOST_AUGMENTED = 1.25  # K_aug over in_features that a rule still fits
 Route = Literal["row", "tiles", "decode"]
 
 
@@ -28,7 +29,7 @@ class Rule:
     Attributes:
         route: see above; the tile matters to "row" and "tiles" alone.
         max_m: largest M it is for; None is any.
-        n, k: out_features and K_aug that it is for; None is any.
+        n, k: out_features and in_features that it is for; None is any.
         block_m, block_n: rows and columns of y in a tile; block_k: 16-channel blocks in a step.
         split: parts of K that are summed in a second pass; 0 chooses by the number of processors.
         chunk: columns decoded at a time; 0 chooses by the size of the fp32 sums.
@@ -51,11 +52,11 @@ class Rule:
             raise ValueError(f"route: expected one of {get_args(Route)}, got {self.route!r}")
 
     def fits(self, m: int, n: int, k: int) -> bool:
-        """Whether the rule is for a product [m, k] x [n, k]^T."""
+        """Whether the rule is for a product [m, k] x [n, k]^T, residual channels counted in k."""
         return (
             (self.max_m is None or m <= self.max_m)
             and self.n in (None, n)
-            and self.k in (None, k)
+            and (self.k is None or self.k <= k <= MOST_AUGMENTED * self.k)
         )
 
     def document(self) -> dict[str, int | str]:
