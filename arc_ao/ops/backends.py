@@ -5,12 +5,14 @@ import torch
 from arc_ao.ops import native
 from arc_ao.ops.cuda import dispatch
 
+WEIGHT_ONLY = "arc::nvfp4_weight_only_gemm"  # has no native CPU kernel
 OPERATORS = (
     "arc::quant_augment",
     "arc::rms_norm_quant_augment",
     "arc::add_rms_norm_quant_augment",
     "arc::silu_mul_quant_augment",
     "arc::nvfp4_gemm",
+    WEIGHT_ONLY,
 )
 
 
@@ -26,7 +28,8 @@ def backend_report() -> dict[str, dict[str, str]]:
     level = native.cpu_level()
     reason = native.reason_absent() or f"the best of: {native.cpu_features()}"
     backend = "eager" if level == "eager" else f"native CPU, {level}"
-    return {name: {"backend": backend, "reason": reason} for name in OPERATORS}
+    report = {name: {"backend": backend, "reason": reason} for name in OPERATORS}
+    return report | {WEIGHT_ONLY: {"backend": "eager", "reason": "no native CPU kernel"}}
 
 
 def cuda_backend(index: int) -> dict[str, str]:
