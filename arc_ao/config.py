@@ -100,8 +100,8 @@ class ARCConfig(AOBaseConfig):
         four_over_six: choose each activation block's scale between amax/6 and amax/4.
         pad_in_features: pad in_features that are not a multiple of 16 instead of skipping the
             layer.
-        activation: "nvfp4" quantizes them (W4A4); "bf16" leaves them as they are (W4A16): the memory
-            saving alone, with weight residuals only, so that budget=0 needs no calibration.
+        activation: "nvfp4" quantizes activations (W4A4); "bf16" leaves them as they are (W4A16):
+            the memory saving alone, with weight residuals only; budget=0 needs no calibration.
         step: None (one call), or torchao's steps "prepare", "convert", "prepare_for_loading".
 
     Raises:

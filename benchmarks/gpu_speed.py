@@ -6,6 +6,8 @@ counted. Copy bandwidth counts bytes read and written.
 
 import gc
 from collections.abc import Callable
+from functools import partial
+from itertools import cycle
 from typing import Any
 
 import gpu_providers as providers
@@ -117,7 +119,7 @@ def graphs(rows: int) -> bool:
 
 def calls_of(linears: list, inputs: list[Tensor]) -> list[Callable]:
     """One call per copy of the weight, inputs in turn."""
-    return [lambda f=f, x=inputs[i % len(inputs)]: f(x) for i, f in enumerate(linears)]
+    return [partial(f, x) for f, x in zip(linears, cycle(inputs), strict=False)]
 
 
 def figures(timing: Timing, measured: dict[str, float], case: list[Timing]) -> Timing:

@@ -65,9 +65,7 @@ def quantizer(capability: int, kind: str, *, whole: bool, four_over_six: bool = 
         "FEW": 16,
     }
     options = {"num_warps": tile // 64, "enable_fp_fusion": False}
-    return build(
-        triton_quantize.quantize_row, capability, QUANTIZE_ARGUMENTS, constants, **options
-    )
+    return build(triton_quantize.quantize_row, capability, QUANTIZE_ARGUMENTS, constants, **options)
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,10 @@ def test_opcheck(rows, blocks):
     "change, message",
     [
         ({"x": torch.zeros(2, 72, dtype=torch.int32)}, "x must be bf16, fp16 or fp32"),
-        ({"x": torch.zeros(2, 90)}, r"x has 90 channels and 2 residual blocks, so b must be \[N, 6"),
+        (
+            {"x": torch.zeros(2, 90)},
+            r"x has 90 channels and 2 residual blocks, so b must be \[N, 6",
+        ),
         ({"weight_blocks": EMPTY}, r"and 0 residual blocks, so b must be \[N, 40\]"),
         ({"bias": torch.zeros(1)}, r"bias must have shape \[19\], got \[1\]"),
         ({"b_layout": "rows"}, "b_layout must be one of"),
@@ -160,7 +163,9 @@ def test_compiled_exported_and_eager_models_agree():
     graph = arc_ao.convert_arc(prepared)
     short = TOKENS[:, :9]
     assert torch.equal(graph(short), quantized(short))
-    calls = [n for n in graph.graph.nodes if n.target is torch.ops.arc.nvfp4_weight_only_gemm.default]
+    calls = [
+        n for n in graph.graph.nodes if n.target is torch.ops.arc.nvfp4_weight_only_gemm.default
+    ]
     assert len(calls) == 14 and "arc.quant_augment" not in str(graph.graph)
     compiled = torch.compile(quantized, fullgraph=True, dynamic=True, backend="aot_eager")
     assert torch.equal(compiled(TOKENS), quantized(TOKENS))

@@ -13,10 +13,16 @@ from torch import Tensor
 
 from arc_ao.formats import nvfp4
 from arc_ao.ops import producers
-from arc_ao.ops.cuda import triton_nvfp4, triton_producers, triton_products
+from arc_ao.ops.cuda import (
+    triton_nvfp4,
+    triton_producers,
+    triton_products,
+    triton_weight_only,
+)
 from arc_ao.ops.cuda.tuning import Rule
 from arc_ao.ops.layout import to_panels
 from arc_ao.ops.nvfp4_gemm import decode_weight
+from arc_ao.ops.nvfp4_weight_only_gemm import nvfp4_weight_only_gemm_eager
 from arc_ao.ops.quant_augment import quant_augment_eager
 
 EPS = 1e-6
@@ -284,3 +290,32 @@ def test_operands_that_do_not_fit_are_refused():
     with pytest.raises(RuntimeError, match="silu_mul_quant_augment: up must have the shape"):
         x = activations(2, 16)
         triton_producers.silu_mul_quant_augment(x, x[:1], EMPTY, EMPTY, None, "token")
+
+
+WEIGHT_ONLY_RULES = {
+    "tiles": Rule("tiles", block_n=16, block_k=2),
+    "tiles, K in two parts": Rule("tiles", block_n=32, block_k=4, split=2),
+    "decode, ragged chunks": Rule("decode", chunk=8),
+}
+
+
+@pytest.mark.parametrize("rule", WEIGHT_ONLY_RULES.values(), ids=WEIGHT_ONLY_RULES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_weight_only_products_are_within_the_bound(rule, dtype):
+    """72 channels, half a block of padding, residual blocks out of order, strided x. (bf16 has no
+    matrix product under the interpreter.)"""
+    weight = torch.randn(19, 72, generator=generator())
+    b, b_scale, outer = nvfp4.quantize(weight)
+    rest, rest_scale, _ = nvfp4.quantize(torch.randn(19, 32, generator=generator()) / 30)
+    x = torch.randn(72, 17, generator=generator()).to(dtype).t()
+    args = (
+        x, torch.cat([b, rest], 1), torch.cat([b_scale, rest_scale], 1), outer.reshape(1),
+        torch.randn(19, generator=generator()).to(dtype), ids(4, 0),
+    )  # fmt: skip
+    y = triton_weight_only.multiply_by(*args, rule=rule)
+    expected = nvfp4_weight_only_gemm_eager(*args)
+    size = x.double().abs() @ weight.double().abs().t()
+    assert y.dtype == dtype
+    allowed = torch.finfo(dtype).eps * expected.double().abs() + 1e-6 * size
+    assert ((y.double() - expected.double()).abs() <= allowed).all()
+    assert torch.equal(triton_weight_only.multiply_by(x[:0], *args[1:]), y[:0])

@@ -28,6 +28,7 @@ TRITON_MODULES = {  # operator -> where its implementation is
     "add_rms_norm_quant_augment": "triton_producers",
     "silu_mul_quant_augment": "triton_producers",
     "nvfp4_gemm": "triton_products",
+    "nvfp4_weight_only_gemm": "triton_weight_only",
 }
 TRITON_MIN_CAPABILITY = (8, 0)
 SWIZZLED = "swizzled"  # layout of Blackwell's kernels
@@ -56,10 +57,13 @@ def register(name: str, eager: Callable) -> None:
 def implementation(
     name: str, backend: str, eager: Callable, arguments: tuple[Any, ...]
 ) -> Callable:
-    """What runs arc::`name` on a backend. A weight that was packed for Blackwell's kernels and
-    landed elsewhere runs the meaning."""
+    """What runs arc::`name` on a backend. An operator without a compiled kernel runs in Triton; a
+    weight that was packed for Blackwell's kernels and landed elsewhere runs the meaning."""
     if backend == "blackwell":
-        return getattr(import_module(BLACKWELL_MODULE), name)
+        compiled = getattr(import_module(BLACKWELL_MODULE), name, None)
+        if compiled is not None:
+            return compiled
+        backend = "eager" if find_spec("triton") is None else "triton"
     is_swizzled = any(isinstance(a, str) and a == SWIZZLED for a in arguments)
     if backend == "eager" or is_swizzled:
         return eager

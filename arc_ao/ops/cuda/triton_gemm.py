@@ -57,26 +57,27 @@ def high_word(block):
 
 
 @triton.jit
-def decode_word(word, scale):
-    """fp16 [m, n, 2, 2, 2] of the codes in int32 words [m, n], channel c at [c & 1, c & 2, c & 4].
+def decode_word(word, scale, dtype: tl.constexpr):
+    """`dtype` [m, n, 2, 2, 2] of the codes in int32 words [m, n].
 
-    The values of a word stay with the thread that holds it.
+    Channel c lies at [c & 1, c & 2, c & 4], as 0 or 1 each. The values of a word stay with the thread that holds it.
     """
     low_pairs = tl.join(
-        tl.join(operand(word, 0, scale).to(tl.float16), operand(word, 1, scale).to(tl.float16)),
-        tl.join(operand(word, 2, scale).to(tl.float16), operand(word, 3, scale).to(tl.float16)),
+        tl.join(operand(word, 0, scale).to(dtype), operand(word, 1, scale).to(dtype)),
+        tl.join(operand(word, 2, scale).to(dtype), operand(word, 3, scale).to(dtype)),
     )
     high_pairs = tl.join(
-        tl.join(operand(word, 4, scale).to(tl.float16), operand(word, 5, scale).to(tl.float16)),
-        tl.join(operand(word, 6, scale).to(tl.float16), operand(word, 7, scale).to(tl.float16)),
+        tl.join(operand(word, 4, scale).to(dtype), operand(word, 5, scale).to(dtype)),
+        tl.join(operand(word, 6, scale).to(dtype), operand(word, 7, scale).to(dtype)),
     )
     return tl.join(low_pairs, high_pairs)
 
 
 @triton.jit
-def decode_tile(block, scale, m: tl.constexpr, n: tl.constexpr):
-    """fp16 [m, 16 n] of int64 blocks [m, n], the channels of each block in `decode_word`'s order."""
-    low, high = decode_word(low_word(block), scale), decode_word(high_word(block), scale)
+def decode_tile(block, scale, m: tl.constexpr, n: tl.constexpr, dtype: tl.constexpr):
+    """`dtype` [m, 16 n] of int64 blocks [m, n]; c & 8, behind `decode_word`'s order, comes last."""
+    low = decode_word(low_word(block), scale, dtype)
+    high = decode_word(high_word(block), scale, dtype)
     return tl.reshape(tl.join(low, high), (m, 16 * n))
 
 
@@ -132,8 +133,8 @@ def multiply_tiles(
             w = tl.load(b + b_at, mask=exists, other=0)
             w_scale = tl.load(b_scale + b_at, mask=exists, other=0)
         left, right = operand_scale(x_scale), operand_scale(w_scale)
-        x = decode_tile(x, left, BLOCK_M, BLOCK_K)
-        w = decode_tile(w, right, BLOCK_N, BLOCK_K)
+        x = decode_tile(x, left, BLOCK_M, BLOCK_K, tl.float16)
+        w = decode_tile(w, right, BLOCK_N, BLOCK_K, tl.float16)
         total = tl.dot(x, tl.trans(w), total)
     mask = (m < rows)[:, None] & (n < columns)[None, :]
     at = m.to(tl.int64)[:, None] * columns + n[None, :]

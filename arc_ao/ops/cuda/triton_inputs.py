@@ -1,4 +1,4 @@
-"""What a quantizing kernel reads: x itself, or what a fused producer makes of its inputs, per element.
+"""What a quantizing kernel reads: x itself, or what a fused producer makes of its inputs.
 
 The meaning is arc_ao/ops/producers.py, in the same order of operations.
 """
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from arc_ao.ops import producers
-from arc_ao.ops.cuda.triton_nvfp4 import ROUND, ROUND_BITS, bits_of, narrow, round_to, widen
+from arc_ao.ops.cuda.triton_nvfp4 import ROUND, ROUND_BITS, bits_of, round_to, widen
 
 # Kinds of input.
 PLAIN = tl.constexpr(0)

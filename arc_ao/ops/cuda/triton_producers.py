@@ -86,9 +86,7 @@ def _run(
     x = source.first
     check_augmentation(x, outer_scale, scale_mode, act_channels, op=op)
     check(x.shape[-1] > 0, f"{op}: x must have at least one channel, got {list(x.shape)}")
-    qdata, scale, outer = augmented_shapes(
-        x, act_blocks, weight_blocks, scale_mode, act_channels
-    )
+    qdata, scale, outer = augmented_shapes(x, act_blocks, weight_blocks, scale_mode, act_channels)
     adds = source.kind == inputs.ADD_RMS_NORM.value
     total = torch.empty_like(x, memory_format=torch.contiguous_format) if adds else None
     if not x.numel():

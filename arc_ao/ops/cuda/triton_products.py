@@ -68,9 +68,9 @@ def multiply(
     y = a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
     if not y.numel():
         return y
-    rule = rule or choose(_capability(a.device), *y.shape, 2 * a.shape[1])
-    left = (_aligned(a), a_scale.contiguous())
-    right = (_aligned(b), b_scale.contiguous())
+    rule = rule or choose(capability_of(a.device), *y.shape, 2 * a.shape[1])
+    left = (aligned(a), a_scale.contiguous())
+    right = (aligned(b), b_scale.contiguous())
     repeated = _ids(act_blocks, a), base_blocks
     epilogue = (a_outer, b_outer, None if bias is None else bias.contiguous())
     with on_device(a):
@@ -95,9 +95,7 @@ def _in_kernel(
     block_m = 1 if rule.route == "row" else rule.block_m
     tiles = math.ceil(rows / block_m) * math.ceil(columns / rule.block_n)
     steps = math.ceil(blocks / rule.block_k)
-    splits = rule.split or default_splits(tiles, steps, _processors(y.device))
-    split_steps = math.ceil(steps / splits)
-    splits = math.ceil(steps / split_steps)
+    splits, split_steps = parts_of(rule, tiles, steps, y.device)
     partial = splits > 1
     out = y.new_empty((splits, rows, columns), dtype=torch.float32) if partial else y
     kernel = kernels.multiply_row if rule.route == "row" else kernels.multiply_tiles
@@ -110,10 +108,17 @@ def _in_kernel(
         repeats=act_blocks.shape[0] > 0, even=blocks % rule.block_k == 0, partial=partial,
         has_bias=bias is not None, per_row=_per_row(a_outer),
         BLOCK_M=block_m, BLOCK_N=rule.block_n, BLOCK_K=rule.block_k,
-        num_warps=rule.num_warps, num_stages=rule.num_stages,
+        num_warps=rule.num_warps, num_stages=rule.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     if partial:
-        _combine(out, epilogue, y, 1.0)
+        combine(out, epilogue, y, 1.0)
+
+
+def parts_of(rule: Rule, tiles: int, steps: int, device: torch.device) -> tuple[int, int]:
+    """Parts of K, none of them empty, and steps in each."""
+    splits = rule.split or default_splits(tiles, steps, _processors(device))
+    split_steps = math.ceil(steps / splits)
+    return math.ceil(steps / split_steps), split_steps
 
 
 def default_splits(tiles: int, steps: int, processors: int) -> int:
@@ -129,14 +134,14 @@ def _by_cublas(
     bias still come before the only rounding."""
     a_outer, b_outer, bias = epilogue
     nothing = (repeated[0][:0], 0)
-    x = _decode(left, nothing)
+    x = decode(left, nothing)
     chunk = rule.chunk or default_chunk(y.shape[0])
     for start in range(0, y.shape[1], chunk):
         some = slice(start, min(start + chunk, y.shape[1]))
-        w = _decode((right[0][some], right[1][some]), repeated)
+        w = decode((right[0][some], right[1][some]), repeated)
         sums = matmul_fp32(x, w.t())
         part = (a_outer, b_outer, None if bias is None else bias[some])
-        _combine(sums.unsqueeze(0), part, y[:, some], kernels.TILES_FACTOR.value)
+        combine(sums.unsqueeze(0), part, y[:, some], kernels.TILES_FACTOR.value)
 
 
 def default_chunk(rows: int) -> int:
@@ -145,27 +150,27 @@ def default_chunk(rows: int) -> int:
 
 
 def matmul_fp32(x: Tensor, w: Tensor) -> Tensor:
-    """bf16 [M, K] times [K, n] with fp32 sums that are not rounded to bf16."""
-    if x.is_cuda:
+    """[M, K] times [K, n] with sums that stay fp32."""
+    if x.is_cuda and x.dtype != torch.float32:
         return torch.mm(x, w, out_dtype=torch.float32)
     return torch.mm(x.float(), w.float())  # kernels are interpreted
 
 
-def _decode(operand: Operand, repeated: Repeated) -> Tensor:
-    """bf16 [rows, 16 * blocks], times 2^-7."""
+def decode(operand: Operand, repeated: Repeated, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """q * s * 2^-7 [rows, 16 * blocks], exact in bf16, fp16 and fp32."""
     qdata, scale = operand
     act_blocks, base_blocks = repeated
     blocks = scale.shape[1] + act_blocks.shape[0]
-    out = qdata.new_empty((qdata.shape[0], 16 * blocks), dtype=torch.bfloat16)
+    out = qdata.new_empty((qdata.shape[0], 16 * blocks), dtype=dtype)
     tile = min(DECODE_TILE, triton.next_power_of_2(blocks))
     kernels.decode_operand[(qdata.shape[0] * math.ceil(blocks / tile),)](
         qdata, scale, act_blocks, out, blocks, base_blocks, act_blocks.shape[0],
-        repeats=act_blocks.shape[0] > 0, BLOCK=tile, num_warps=4,
+        repeats=act_blocks.shape[0] > 0, BLOCK=tile, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
 
-def _combine(partials: Tensor, epilogue: Epilogue, y: Tensor, factor: float) -> None:
+def combine(partials: Tensor, epilogue: Epilogue, y: Tensor, factor: float) -> None:
     """y [M, n] (rows may be strided) from fp32 partials [splits, M, n]."""
     splits, rows, columns = partials.shape
     a_outer, b_outer, bias = epilogue
@@ -174,11 +179,11 @@ def _combine(partials: Tensor, epilogue: Epilogue, y: Tensor, factor: float) -> 
         partials, a_outer, b_outer, a_outer if bias is None else bias, y,
         rows, columns, splits, y.stride(0),
         factor=factor, has_bias=bias is not None, per_row=_per_row(a_outer), BLOCK=tile,
-        num_warps=4,
+        num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
 
 
-def _aligned(qdata: Tensor) -> Tensor:
+def aligned(qdata: Tensor) -> Tensor:
     """Contiguous bytes that can be read a block at a time."""
     qdata = qdata.contiguous()
     return qdata.clone() if qdata.data_ptr() % BLOCK_BYTES else qdata
@@ -195,8 +200,9 @@ def _ids(act_blocks: Tensor | None, like: Tensor) -> Tensor:
     return act_blocks.contiguous()
 
 
-def _capability(device: torch.device) -> tuple[int, int] | None:
-    return _capability_of(device.index) if device.type == "cuda" else None
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability; None for a CPU, where kernels are interpreted."""
+    return _cuda_capability(device.index) if device.type == "cuda" else None
 
 
 def _processors(device: torch.device) -> int:
@@ -204,7 +210,7 @@ def _processors(device: torch.device) -> int:
 
 
 @cache
-def _capability_of(index: int) -> tuple[int, int]:
+def _cuda_capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 

@@ -1,8 +1,8 @@
 """Which kernel multiplies, by GPU and shape: tables in tuned/, one file per compute capability.
 
 A table is a list of rules; the first one that fits (M at most `max_m`; N equal to `n`, and K_aug at
-most a quarter above `k`, where these are given) names the route and its tile. tuned/default.json serves GPUs without a table
-of their own; its rules are reasoned, not measured ("measured": null).
+most a quarter above `k`, where these are given) names the route and its tile. tuned/default.json
+serves GPUs without a table of their own; its rules are reasoned, not measured ("measured": null).
 `python benchmarks/gpu_suite.py --tune` measures a table for the GPU at hand.
 
     row      one row at a time, fp32 multiply-adds, memory-bound
