@@ -17,7 +17,13 @@ pytest.importorskip("triton", reason="the kernels for NVIDIA GPUs are written in
 
 from triton_build import build  # noqa: E402
 
-from arc_ao.ops.cuda import triton_gemm, triton_inputs, triton_quantize, tuning  # noqa: E402
+from arc_ao.ops.cuda import (
+    triton_gemm,
+    triton_inputs,
+    triton_quantize,
+    triton_weight_only,
+    tuning,
+)  # noqa: E402
 
 CASES = Path(__file__).with_name("triton_cases.py")
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
@@ -118,6 +124,24 @@ def test_tiles_run_on_tensor_cores_and_spill_nothing(name):
         assert machine.opcodes[expected], (capability, machine.opcodes)
         assert machine.spills == 0, capability
         assert not FLOAT_ATOMICS.search(machine.ptx)
+
+
+@pytest.mark.parametrize("capability, block_m, expected", [(80, 16, "HMMA"), (90, 128, "HGMMA")])
+def test_weight_only_tiles_run_on_tensor_cores(capability, block_m, expected):
+    """x in bf16 and the decoded weight meet in a tensor core; nothing is spilled."""
+    (rule,) = (r for r in rules("tiles").values() if r.block_m == block_m)
+    arguments = {
+        **dict.fromkeys(("x", "bias", "y"), "*bf16"),
+        **dict.fromkeys(("columns", "channels", "blocks", "base_blocks"), "16"),
+        **dict.fromkeys(("split_blocks", "x_row_stride"), "16"),
+        **{"b": "*i64", "b_scale": "*u8", "b_outer": "*fp32", "weight_blocks": "*i32"},
+        **{"rows": "i32", "x_stride": "1"},
+    }
+    constants = {"partial": False, "has_bias": True}
+    constants |= {"BLOCK_M": block_m, "BLOCK_N": rule.block_n, "BLOCK_K": rule.block_k}
+    options = {"num_warps": rule.num_warps, "num_stages": rule.num_stages}
+    machine = build(triton_weight_only.multiply, capability, arguments, constants, **options)
+    assert machine.spills == 0 and machine.opcodes[expected]
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -1,7 +1,9 @@
 """arc::nvfp4_weight_only_gemm (W4A16) on NVIDIA GPUs from sm_80 on.
 
 The kernels of triton_gemm.py with x as it is on the left: its channels are read in the order in
-which the weight's are decoded. fp32 inputs are multiplied in fp32, without TF32.
+which the weight's are decoded. fp32 inputs always take the route over cuBLAS (in the precision that
+torch.backends sets for it): as tiles, which tensor cores do not take, they spilled thousands of
+registers.
 """
 
 import math
@@ -60,7 +62,7 @@ def multiply(
         w = tl.load(b + b_row + block[None, :], mask=mask, other=0)
         scale = operand_scale(tl.load(b_scale + b_row + block[None, :], mask=mask, other=0))
         right = decode_tile(w, scale, BLOCK_N, BLOCK_K, x.dtype.element_ty)
-        total = tl.dot(left, tl.trans(right), total, input_precision="ieee")
+        total = tl.dot(left, tl.trans(right), total)
     mask = (m < rows)[:, None] & (n < columns)[None, :]
     at = m.to(tl.int64)[:, None] * columns + n[None, :]
     if partial:
@@ -94,7 +96,8 @@ def multiply_by(
     *,
     rule: Rule | None = None,
 ) -> Tensor:
-    """`nvfp4_weight_only_gemm`, by `rule` where one is given; "row" is taken as "tiles"."""
+    """`nvfp4_weight_only_gemm`, by `rule` where one is given; "row" is taken as "tiles", and fp32
+    takes "decode"."""
     check_weight_only(x, b, b_scale, bias, weight_blocks, b_layout)
     if b_layout == "panels":  # of a weight that was packed for a CPU: right, and slow
         b, b_scale = from_panels(b, b_scale)
@@ -106,7 +109,7 @@ def multiply_by(
     right = (products.aligned(b), b_scale.contiguous())
     epilogue = (b_outer.new_ones(1), b_outer, None if bias is None else bias.contiguous())
     with on_device(x):
-        if rule.route == "decode":
+        if rule.route == "decode" or x.dtype == torch.float32:
             _by_cublas(rows, right, weight_blocks, epilogue, y, rule)
         else:
             rule = Rule("tiles") if rule.route == "row" else rule
