@@ -15,6 +15,7 @@ Granularity = Literal["block", "channel"]
 Selection = Literal["energy", "threshold"]
 Recipe = Literal["auto", "balanced", "paper", "plain"]
 Step = Literal["prepare", "convert", "prepare_for_loading"]
+Activation = Literal["nvfp4", "bf16"]
 
 # What a recipe fills in where the user left a field None. "auto" measures these fields on the
 # calibration data; where that is impossible (the three-step flow) it falls back to "balanced".
@@ -48,13 +49,22 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 SEARCHED_FIELDS = ("channel_order", "granularity", "exchange_rate", "four_over_six")
+# What activation="bf16" leaves of the choices: only weights have residuals, in their own order.
+WEIGHT_ONLY: dict[str, Any] = {
+    "channel_order": "none",
+    "granularity": "block",
+    "exchange_rate": "inf",
+    "activation_scale": "none",
+    "four_over_six": False,
+}
 CHOICES: dict[str, tuple[Any, ...]] = {
+    "activation": ("nvfp4", "bf16"),
     "recipe": ("auto", *RECIPES),
     "selection": ("energy", "threshold", None),
     "channel_order": ("none", "amax", None),
     "granularity": ("block", "channel", None),
     "weight_scale": ("amax", "mse", "four_over_six", None),
-    "activation_scale": ("token", "tensor", "static", None),
+    "activation_scale": ("token", "tensor", "static", "none", None),
     "four_over_six": (True, False, None),
     "pad_in_features": (True, False),
     "step": ("prepare", "convert", "prepare_for_loading", None),
@@ -86,10 +96,12 @@ class ARCConfig(AOBaseConfig):
         weight_scale: block scales of weights: "amax", "mse" (searched, weighted by E[x^2]),
             "four_over_six".
         activation_scale: outer scale of activations: "token" (one per row), "tensor", "static"
-            (calibrated constant).
+            (calibrated constant). "none" belongs to activation="bf16" and follows from it.
         four_over_six: choose each activation block's scale between amax/6 and amax/4.
         pad_in_features: pad in_features that are not a multiple of 16 instead of skipping the
             layer.
+        activation: "nvfp4" quantizes activations (W4A4); "bf16" leaves them as they are (W4A16):
+            the memory saving alone, with weight residuals only; budget=0 needs no calibration.
         step: None (one call), or torchao's steps "prepare", "convert", "prepare_for_loading".
 
     Raises:
@@ -105,9 +117,10 @@ class ARCConfig(AOBaseConfig):
     num_act_channels: int | None = None
     num_weight_channels: int | None = None
     weight_scale: Literal["amax", "mse", "four_over_six"] | None = None
-    activation_scale: Literal["token", "tensor", "static"] | None = None
+    activation_scale: Literal["token", "tensor", "static", "none"] | None = None
     four_over_six: bool | None = None
     pad_in_features: bool = False
+    activation: Activation = "nvfp4"
     step: Step | None = None
     version: int = 1
 
@@ -120,7 +133,37 @@ class ARCConfig(AOBaseConfig):
                 raise ValueError(f"ARCConfig.{field} must be one of {choices}, got {value!r}")
         if self.recipe == "plain" and not self.explicit:
             self.budget = 0.0
+        if self.exchange_rate is not None:
+            self.exchange_rate = _checked_rate(self.exchange_rate)
+        self._check_activation()
         self._check_numbers()
+
+    def _check_activation(self) -> None:
+        """Settle what activation="bf16" settles; refuse what contradicts it."""
+        if self.activation == "nvfp4":
+            if self.activation_scale == "none":
+                raise ValueError(
+                    "ARCConfig.activation_scale='none' means activations that are not quantized; "
+                    "say activation='bf16'"
+                )
+            return
+        if self._recipe_value("selection") == "threshold" or self.selection == "threshold":
+            raise ValueError(
+                "ARCConfig.activation='bf16' keeps no activation residuals, which is all that "
+                "selection='threshold' and recipe='paper' choose; expected selection='energy'"
+            )
+        if self.num_act_channels:
+            raise ValueError(
+                "ARCConfig.num_act_channels must be 0 or None with activation='bf16', which keeps "
+                f"no activation residuals, got {self.num_act_channels}"
+            )
+        for field, value in WEIGHT_ONLY.items():
+            if getattr(self, field) not in (None, value):
+                raise ValueError(
+                    f"ARCConfig.{field} must be {value!r} or None with activation='bf16', got "
+                    f"{getattr(self, field)!r}"
+                )
+            setattr(self, field, value)
 
     def _check_numbers(self) -> None:
         if self.budget is None:
@@ -134,8 +177,6 @@ class ARCConfig(AOBaseConfig):
                 f"ARCConfig.budget is extra channels over in_features, expected 0 to 2 (0.06 is "
                 f"6 %), got {self.budget!r}"
             )
-        if self.exchange_rate is not None:
-            self.exchange_rate = _checked_rate(self.exchange_rate)
         for field in ("num_act_channels", "num_weight_channels"):
             value = getattr(self, field)
             if value is None:

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 CPUINFO_PATH = Path("/proc/cpuinfo")
 INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
@@ -24,6 +22,7 @@ FP4_MIN_CAPABILITY = (10, 0)
 DISTRIBUTIONS = {  # name in the report -> name of the distribution
     "arc_ao": "arc-ao",
     "torch": "torch",
+    "triton": "triton",
     "torchao": "torchao",
     "transformers": "transformers",
     "lm_eval": "lm-eval",
@@ -34,9 +33,10 @@ TABLE_WIDTH = 100
 def env_report() -> dict[str, Any]:
     """Collect versions, CPU, GPUs and the backend of every arc_ao operator.
 
-    Returns a dict with the keys `versions`, `platform`, `cpu`, `cuda` (one entry per device),
-    `cuda_library` (what the compiled kernels for Blackwell are built for) and `ops` (operator name
-    -> `backend` and the `reason` it was chosen).
+    Returns a dict with the keys `versions`, `platform`, `cpu`, `cuda` (one entry per device, with
+    the `backend` of the operators there and the `reason` it was chosen), `cuda_library` (what the
+    compiled kernels for Blackwell are built for) and `ops` (backend and reason of every operator on
+    the CPU).
     """
     from arc_ao.ops.backends import backend_report
     from arc_ao.ops.cuda import library
@@ -78,6 +78,9 @@ def instruction_sets(cpuinfo: str | None) -> dict[str, bool | Literal["unknown"]
 
 def format_env_report(report: dict[str, Any]) -> str:
     """Lay out what `env_report` returned as a text table, one fact per row."""
+    from rich.console import Console  # here, so that the report needs nothing but torch
+    from rich.table import Table
+
     table = Table.grid(padding=(0, 2))
     for section, rows in _sections(report).items():
         for i, (name, value) in enumerate(rows):
@@ -111,9 +114,8 @@ def _sections(report: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
 
 def _cuda_row(device: dict[str, Any]) -> tuple[str, str]:
     fp4 = "has" if device["fp4_tensor_cores"] else "no"
-    name = f"sm_{device['capability'].replace('.', '')}"
-    ours = f"Blackwell kernels: {device['blackwell_kernels']}"
-    return device["name"], f"{name}, {fp4} FP4 tensor cores; {ours}"
+    capability = f"sm_{device['capability'].replace('.', '')}, {fp4} FP4 tensor cores"
+    return device["name"], f"{capability}; operators: {device['backend']} ({device['reason']})"
 
 
 def _yes_no(present: bool | str) -> str:
@@ -153,7 +155,7 @@ def _memory_gib() -> float | None:
 
 
 def _cuda_devices() -> list[dict[str, Any]]:
-    from arc_ao.ops.cuda import library
+    from arc_ao.ops.backends import cuda_backend
 
     devices = []
     for i in range(torch.cuda.device_count()):
@@ -163,7 +165,7 @@ def _cuda_devices() -> list[dict[str, Any]]:
                 "name": torch.cuda.get_device_name(i),
                 "capability": f"{capability[0]}.{capability[1]}",
                 "fp4_tensor_cores": capability >= FP4_MIN_CAPABILITY,
-                "blackwell_kernels": library.reason_absent(capability) or "usable",
+                **cuda_backend(i),
             }
         )
     return devices

@@ -5,7 +5,6 @@ from torch import Tensor, nn
 
 from arc_ao.config import ARCConfig
 from arc_ao.formats.nvfp4 import BLOCK_SIZE
-from arc_ao.ops.backends import preferred_layout
 from arc_ao.summary import arc_tensors
 from arc_ao.tensor import ARCTensor
 
@@ -61,6 +60,7 @@ def loading_config(tensor: ARCTensor) -> ARCConfig:
         granularity="channel" if tensor.act_channels is not None else "block",
         channel_order="amax" if tensor.channel_order is not None else "none",
         activation_scale=tensor.activation_scale,
+        activation="nvfp4" if tensor.quantizes_input else "bf16",
         four_over_six=tensor.four_over_six,
         pad_in_features=tensor.in_features % BLOCK_SIZE > 0,
         step="prepare_for_loading",
@@ -75,7 +75,7 @@ def pack_weights_(model: nn.Module) -> nn.Module:
     """
     for name in arc_tensors(model):
         module = model.get_submodule(name)
-        tensor = module.weight.to_layout(preferred_layout(module.weight.device))
+        tensor = module.weight.packed()
         if tensor is not module.weight:
             module.weight = nn.Parameter(tensor, requires_grad=False)
     return model

@@ -28,7 +28,6 @@ from arc_ao.memory import release_memory
 from arc_ao.methods.plan import analyse_session, make_plans, weight_amax
 from arc_ao.methods.recipe import Trial, search_recipe
 from arc_ao.methods.weights import quantize_weight
-from arc_ao.ops.backends import preferred_layout
 from arc_ao.summary import QuantizationSummary, model_bytes, summarize
 from arc_ao.targets import FilterFn, check_linear, collect_targets, is_ragged
 from arc_ao.tensor import ARCTensor
@@ -256,9 +255,8 @@ def _convert(module: nn.Linear, config: ARCConfig) -> None:
     session = observer.session
     if session.plans is None or observer.name not in session.plans:
         _plan_unsearched(session, config)
-    layout = preferred_layout(module.weight.device)
     plan = session.plans.pop(observer.name)
-    packed = quantize_weight(module.weight.detach(), plan).to_layout(layout)
+    packed = quantize_weight(module.weight.detach(), plan).packed()
     detach(module)
     _swap_weight(module, packed)
     release_memory()

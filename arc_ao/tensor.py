@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.utils import TorchAOBaseTensor
 
 from arc_ao.formats import nvfp4
-from arc_ao.ops import nvfp4_gemm, quant_augment
+from arc_ao.ops import nvfp4_gemm, nvfp4_weight_only_gemm, quant_augment
 from arc_ao.ops.backends import preferred_layout
 from arc_ao.ops.layout import (
     LAYOUTS,
@@ -52,7 +52,7 @@ class ARCTensor(TorchAOBaseTensor):
     Attributes:
         in_features: K; base_blocks: ceil(K / 16).
         orig_dtype: dtype of the unquantized weight.
-        activation_scale: "token", "tensor" or "static".
+        activation_scale: "token", "tensor", "static", or "none": activations stay as they are.
         four_over_six: whether activations choose between amax/6 and amax/4.
         weight_layout: of qdata and scale: "plain", as in checkpoints, "panels", as CPU kernels read
             them, or "swizzled", as Blackwell does (ops/layout.py). Slicing rows gives "plain";
@@ -160,6 +160,17 @@ class ARCTensor(TorchAOBaseTensor):
         attributes = attributes | {"input_plan": digest.hexdigest()[:16]}
         return ARCTensor.__tensor_unflatten__(tensors, attributes, None, None)
 
+    @property
+    def quantizes_input(self) -> bool:
+        """Whether activations are quantized (W4A4) or multiplied as they are (W4A16)."""
+        return self.activation_scale != "none"
+
+    def packed(self) -> "ARCTensor":
+        """The same weight in the layout that the kernels of its device prefer."""
+        if not self.quantizes_input:
+            return self.to_layout("plain")
+        return self.to_layout(preferred_layout(self.device))
+
     def to_layout(self, layout: str) -> "ARCTensor":
         """The same weight with qdata and scale in another layout; itself if it has that layout.
 
@@ -245,6 +256,17 @@ def arc_linear(x: Tensor, weight: ARCTensor, bias: Tensor | None = None) -> Tens
             f"linear with an ARCTensor: x has {x.shape[-1]} channels, the weight has "
             f"in_features {weight.in_features}"
         )
+    if not weight.quantizes_input:
+        y = nvfp4_weight_only_gemm(
+            x,
+            weight.qdata,
+            weight.scale,
+            weight.outer_scale,
+            bias,
+            weight.weight_blocks,
+            weight.weight_layout,
+        )
+        return y.reshape(*x.shape[:-1], weight.shape[0])
     a, a_scale, a_outer = quant_augment(
         x,
         weight.act_blocks,

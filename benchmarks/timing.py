@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from arc_ao.env import env_report
 
@@ -88,7 +87,7 @@ def machine_header(arguments: dict[str, Any]) -> dict[str, Any]:
         "versions": report["versions"],
         "cpu": cpu,
         "ops": backends,
-        "commit": _commit(),
+        "commit": commit(),
         "load_before": os.getloadavg()[0],
     }
 
@@ -103,7 +102,7 @@ def print_header(header: dict[str, Any]) -> None:
     print(f"load average before: {header['load_before']:.2f} (busy cores spoil every figure)")
 
 
-def _commit() -> str:
+def commit() -> str:
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -147,6 +146,8 @@ class Line:
 
 def print_lines(lines: Iterable[Line]) -> None:
     """One row per acceptance line, the verdict first."""
+    from rich.console import Console  # here: the GPU suite runs where torch may be all there is
+
     for line in lines:
         value = "" if line.value is None else f"{line.value:.3g}"
         text = f"{line.verdict:12} {line.name:58} {value:>7} (expected {line.bound})"

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from arc_ao import env
+from arc_ao.ops import backends
 
 OPS = {
     "arc::quant_augment": {"backend": "eager", "reason": "no native kernel for this [device]"},
@@ -23,20 +24,21 @@ flags\t\t: fpu amx_bf16
 FLAGS_ARM = "processor\t: 0\nFeatures\t: fp asimd bf16 sve\n"
 
 
+GPU = {
+    "capability": "12.0",
+    "fp4_tensor_cores": True,
+    "backend": "triton",
+    "reason": "sm_120; no blackwell: not built",
+}
+
+
 def report_of(cpuinfo: str | None) -> dict:
     """A report that needs no operator and no GPU."""
     return {
         "versions": env._versions(),
         "platform": "Example-1.0",
         "cpu": env.cpu_report(cpuinfo),
-        "cuda": [
-            {
-                "name": "Example GPU",
-                "capability": "12.0",
-                "fp4_tensor_cores": True,
-                "blackwell_kernels": "usable",
-            }
-        ],
+        "cuda": [{"name": "Example GPU", **GPU}],
         "cuda_library": "built for sm_120f",
         "ops": OPS,
     }
@@ -97,6 +99,7 @@ def test_fp4_tensor_cores_begin_with_blackwell(monkeypatch, capability: tuple[in
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "Example GPU")
+    monkeypatch.setattr(backends, "cuda_backend", lambda i: {"backend": "triton", "reason": "-"})
     (device,) = env._cuda_devices()
     assert device["fp4_tensor_cores"] is fp4
     assert device["capability"] == f"{capability[0]}.{capability[1]}"
@@ -117,7 +120,8 @@ def test_table_contains_every_op_and_reason(cpuinfo: str | None):
     for name, op in OPS.items():
         (line,) = [line for line in table.splitlines() if name in line]
         assert f"{op['backend']}: {op['reason']}" in line
-    assert "sm_120, has FP4 tensor cores" in table
+    gpu = "sm_120, has FP4 tensor cores; operators: triton (sm_120; no blackwell: not built)"
+    assert gpu in " ".join(table.split())
     assert ("avx512_vnni yes" if cpuinfo else "avx512_vnni unknown") in " ".join(table.split())
     assert max(map(len, table.splitlines())) <= env.TABLE_WIDTH
     assert table.isascii()

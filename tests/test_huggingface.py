@@ -23,6 +23,7 @@ CONFIGS = {
         budget=0.3, recipe="balanced", granularity="channel", activation_scale="static"
     ),
     "sorted": ARCConfig(budget=0.3, recipe="paper"),
+    "weights alone": ARCConfig(budget=0.3, recipe="balanced", activation="bf16"),
 }
 
 

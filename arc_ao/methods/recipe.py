@@ -25,7 +25,6 @@ from arc_ao.inference import evaluation_mode, run_model
 from arc_ao.memory import release_memory
 from arc_ao.methods.plan import analyse_session, make_plans
 from arc_ao.methods.weights import LayerPlan, quantize_weight
-from arc_ao.ops.backends import preferred_layout
 
 ROUNDS: dict[str, tuple[Any, ...]] = {
     "channel_order": ("none", "amax"),
@@ -153,7 +152,7 @@ def quantized_on_the_fly(
     def swap_in(module: nn.Linear, args: tuple) -> None:
         originals[module] = module.weight
         quantized = quantize_weight(module.weight, by_module[module])
-        quantized = quantized.to_layout(preferred_layout(quantized.device))
+        quantized = quantized.packed()
         module.weight = nn.Parameter(quantized, requires_grad=False)
 
     def swap_out(module: nn.Linear, args: tuple, output: Tensor | None) -> None:

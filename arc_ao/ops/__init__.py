@@ -2,6 +2,7 @@
 
 from arc_ao.ops.backends import OPERATORS, backend_report
 from arc_ao.ops.nvfp4_gemm import nvfp4_gemm
+from arc_ao.ops.nvfp4_weight_only_gemm import nvfp4_weight_only_gemm
 from arc_ao.ops.producers import (
     add_rms_norm_quant_augment,
     gelu_quant_augment,
@@ -16,6 +17,7 @@ __all__ = [
     "backend_report",
     "gelu_quant_augment",
     "nvfp4_gemm",
+    "nvfp4_weight_only_gemm",
     "quant_augment",
     "rms_norm_quant_augment",
     "silu_mul_quant_augment",

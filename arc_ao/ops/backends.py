@@ -3,8 +3,9 @@
 import torch
 
 from arc_ao.ops import native
-from arc_ao.ops.cuda import library as cuda_library
+from arc_ao.ops.cuda import dispatch
 
+WEIGHT_ONLY = "arc::nvfp4_weight_only_gemm"  # has no native CPU kernel
 OPERATORS = (
     "arc::quant_augment",
     "arc::rms_norm_quant_augment",
@@ -12,6 +13,7 @@ OPERATORS = (
     "arc::silu_mul_quant_augment",
     "arc::gelu_quant_augment",
     "arc::nvfp4_gemm",
+    WEIGHT_ONLY,
 )
 
 
@@ -20,8 +22,7 @@ def preferred_layout(device: torch.device) -> str:
     if device.type == "cpu":
         return "plain" if native.load() is None else "panels"
     if device.type == "cuda" and torch.cuda.is_available():
-        capability = torch.cuda.get_device_capability(device)
-        return "plain" if cuda_library.reason_absent(capability) else "swizzled"
+        return dispatch.weight_layout(device)
     return "plain"
 
 
@@ -30,4 +31,10 @@ def backend_report() -> dict[str, dict[str, str]]:
     level = native.cpu_level()
     reason = native.reason_absent() or f"the best of: {native.cpu_features()}"
     backend = "eager" if level == "eager" else f"native CPU, {level}"
-    return {name: {"backend": backend, "reason": reason} for name in OPERATORS}
+    report = {name: {"backend": backend, "reason": reason} for name in OPERATORS}
+    return report | {WEIGHT_ONLY: {"backend": "eager", "reason": "no native CPU kernel"}}
+
+
+def cuda_backend(index: int) -> dict[str, str]:
+    """{"backend", "reason"} of every operator on CUDA device `index`."""
+    return dispatch.choice_for(index)._asdict()

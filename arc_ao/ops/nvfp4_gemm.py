@@ -67,7 +67,7 @@ def nvfp4_gemm_eager(
     y = left.new_empty((a.shape[0], b.shape[0]))
     with torch.autocast(a.device.type, enabled=False):  # autocast would round the sums to bf16
         for rows in nvfp4.row_chunks(b_scale, CHUNK_BLOCKS):
-            right = _decode_weight(b[rows], b_scale[rows], act_blocks, base_blocks)
+            right = decode_weight(b[rows], b_scale[rows], act_blocks, base_blocks)
             torch.mm(left, right.t(), out=y[:, rows])
     y.mul_(a_outer.unsqueeze(1)).mul_(b_outer)
     if bias is not None:
@@ -75,7 +75,7 @@ def nvfp4_gemm_eager(
     return y.to(out_dtype)
 
 
-def _decode_weight(
+def decode_weight(
     b: Tensor, b_scale: Tensor, act_blocks: Tensor | None, base_blocks: int
 ) -> Tensor:
     """Rows of W_aug, fp32 [n, K_aug], with the repeated blocks in their place."""

@@ -28,7 +28,8 @@ from arc_ao.ops.registry import define
 ROUND = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer
 # Cephes expf: ln 2 in two parts, and the polynomial for e^r on |r| <= ln(2) / 2.
 LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4
-EXP_POLYNOMIAL = (
+EXP_LEADING = 1.9875691500e-4
+EXP_POLYNOMIAL = (  # behind the leading coefficient
     1.3981999507e-3,
     8.3334519073e-3,
     4.1665795894e-2,
@@ -51,7 +52,7 @@ def exp(x: Tensor) -> Tensor:
     n = shifted - ROUND
     r = x - n * _constant(LN2_HIGH, x)
     r = r - n * _constant(LN2_LOW, x)
-    p = _constant(1.9875691500e-4, x).expand_as(r)
+    p = _constant(EXP_LEADING, x).expand_as(r)
     for coefficient in EXP_POLYNOMIAL:
         p = p * r + _constant(coefficient, x)
     y = (p * r) * r + r + 1.0
@@ -165,6 +166,7 @@ def check_gelu(x: Tensor, up: Tensor | None, approximate: str) -> None:
 
 
 def check_same(first: Tensor, other: Tensor, op: str, name: str) -> None:
+    """Refuse inputs of different shape or dtype, naming the operator and the input."""
     check(
         first.shape == other.shape and first.dtype == other.dtype,
         f"{op}: {name} must have the shape and dtype of the first input, {list(first.shape)}, got "
@@ -173,6 +175,7 @@ def check_same(first: Tensor, other: Tensor, op: str, name: str) -> None:
 
 
 def check_norm(x: Tensor, weight: Tensor, op: str) -> None:
+    """Refuse a norm's weight that does not fit x, naming the operator."""
     check(
         weight.shape == x.shape[-1:] and weight.dtype == x.dtype,
         f"{op}: weight must have shape {list(x.shape[-1:])} and the dtype of x, got "

@@ -6,6 +6,7 @@ import torch
 from torch._ops import OpOverload
 
 from arc_ao.ops import native
+from arc_ao.ops.cuda import dispatch
 
 NAMESPACE = "arc"
 
@@ -13,7 +14,8 @@ NAMESPACE = "arc"
 def define(schema: str, eager: Callable, fake: Callable) -> OpOverload:
     """Register `schema` with its eager meaning on every device that has no kernel of its own.
 
-    The native library, where there is one, has defined the operator already and brings its kernels.
+    The native library, where there is one, has defined the operator already and brings its kernels
+    for CPUs; cuda/dispatch.py has those for GPUs.
 
     Args:
         schema: as in the dispatcher, without the namespace: "name(Tensor x, ...) -> Tensor".
@@ -36,5 +38,6 @@ def define(schema: str, eager: Callable, fake: Callable) -> OpOverload:
             f"expected {expected}; install arc_ao again"
         )
     torch.library.impl(qualified, "CompositeExplicitAutograd")(eager)
+    dispatch.register(name, eager)
     torch.library.register_fake(qualified)(fake)
     return operator

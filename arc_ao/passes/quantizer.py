@@ -32,7 +32,6 @@ from arc_ao.calibration.session import Member
 from arc_ao.config import ARCConfig
 from arc_ao.methods.plan import analyse_group, make_plans
 from arc_ao.methods.weights import LayerPlan, quantize_weight
-from arc_ao.ops.backends import preferred_layout
 from arc_ao.passes.graph_linears import GraphLinear, match_linear, other_readers
 from arc_ao.passes.rewrite_linear import rewrite_linears
 from arc_ao.targets import DTYPES, SKIPPED_NAMES, is_ragged
@@ -70,7 +69,7 @@ class GraphObserver(ObserverBase):
         for linear in linears:
             weight = linear.as_module(gm).weight
             tensor = quantize_weight(weight, self.plans[linear.name])
-            tensors[linear.name] = tensor.to_layout(preferred_layout(tensor.device))
+            tensors[linear.name] = tensor.packed()
         rewrite_linears(gm, observer_node, linears, tensors)
 
 

@@ -1,4 +1,5 @@
-"""Linears behind one input to one `arc::quant_augment` and a product each."""
+"""Linears behind one input to one `arc::quant_augment` and a product each; or, where activations
+are not quantized, to an `arc::nvfp4_weight_only_gemm` each."""
 
 import operator
 
@@ -21,11 +22,17 @@ def rewrite_linears(
 ) -> None:
     """Replace the linears that read `observer_node`, and the observer by its input."""
     x = observer_node.args[0]
-    with gm.graph.inserting_before(observer_node):
-        quantized, ids = _quantize(gm, x, linears[0].name, tensors[linears[0].name])
+    first = tensors[linears[0].name]
+    if first.quantizes_input:
+        with gm.graph.inserting_before(observer_node):
+            quantized, ids = _quantize(gm, x, linears[0].name, first)
     for linear in linears:
+        tensor = tensors[linear.name]
         with gm.graph.inserting_before(linear.node):
-            y = _multiply(gm, quantized, linear, tensors[linear.name], ids, value(linear.node))
+            if tensor.quantizes_input:
+                y = _multiply(gm, quantized, linear, tensor, ids, value(linear.node))
+            else:
+                y = _multiply_as_is(gm, x, linear, tensor)
             shaped = _shaped_like(gm, y, x, linear.node)
         shaped.meta = meta_of(linear.node)
         linear.node.replace_all_uses_with(shaped)
@@ -91,6 +98,18 @@ def _multiply(
     return gm.graph.call_function(
         arc.nvfp4_gemm.default,
         (*arguments, ids["act_blocks"], tensor.base_blocks, tensor.weight_layout),
+    )
+
+
+def _multiply_as_is(gm: GraphModule, x: Node, linear: GraphLinear, tensor: ARCTensor) -> Node:
+    """x, which is not quantized, times the weight."""
+    b, b_scale, b_outer, weight_blocks = (
+        register(gm, f"{linear.name}_{inner}", getattr(tensor, inner))
+        for inner in ("qdata", "scale", "outer_scale", "weight_blocks")
+    )
+    return gm.graph.call_function(
+        arc.nvfp4_weight_only_gemm.default,
+        (x, b, b_scale, b_outer, linear.bias, weight_blocks, tensor.weight_layout),
     )
 
 

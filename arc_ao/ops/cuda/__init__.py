@@ -1,1 +1,2 @@
-"""Operators on NVIDIA GPUs: `blackwell` calls the compiled kernels of csrc/cuda."""
+"""Operators on NVIDIA GPUs. `dispatch` chooses; `blackwell`, where it is built, calls the compiled
+kernels of csrc/cuda; the modules triton_* run everywhere from sm_80 on."""

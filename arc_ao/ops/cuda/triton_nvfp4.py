@@ -1,0 +1,171 @@
+"""NVFP4 numerics in Triton: arc_ao/formats/nvfp4.py, bit for bit, in integers and fp32.
+
+Every conversion that rounds is spelled out in integers or in single fp32 additions, so that the
+result depends neither on the architecture (sm_80 has no fp8 type) nor on whether the kernel is
+compiled or interpreted on a CPU. Kernels that use these functions are launched with
+`enable_fp_fusion=False`, since a contracted multiply-add rounds once where the meaning says twice.
+"""
+
+import triton
+import triton.language as tl
+
+E4M3_NAN = tl.constexpr(0x7F)
+E4M3_MIN = tl.constexpr(2.0**-9)
+E4M3_MIN_NORMAL = tl.constexpr(2.0**-6)
+E4M3_MAX = tl.constexpr(448.0)
+INF_BITS = tl.constexpr(0x7F800000)
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer, ties to even
+ROUND_BITS = tl.constexpr(0x4B400000)
+TWO_POW_120 = tl.constexpr(2.0**120)
+TWO_POW_126 = tl.constexpr(2.0**126)
+ONE_SIXTH = tl.constexpr(1.0 / 6.0)
+ONE_FOURTH = tl.constexpr(1.0 / 4.0)
+
+
+@triton.jit
+def bits_of(x):
+    """int32 bits of fp32."""
+    return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def magnitude_bits(x):
+    """int32 bits of |x|: they order like the values, with Inf and then NaN above all numbers."""
+    return bits_of(x) & 0x7FFFFFFF
+
+
+@triton.jit
+def widen(x):
+    """fp32 of bf16, fp16 or fp32, exact."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr):
+    """fp32 x rounded to the nearest value of `dtype`, ties to even, still as fp32."""
+    if dtype == tl.bfloat16:
+        u = bits_of(x)
+        rounded = ((u + 0x7FFF + ((u >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+        return tl.where(x != x, x, rounded)
+    elif dtype == tl.float16:
+        return x.to(tl.float16).to(tl.float32)
+    else:
+        return x
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """`dtype` of an fp32 x that `dtype` can hold, such as `round_to` gives."""
+    if dtype == tl.bfloat16:
+        return (bits_of(x) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def encode_e4m3(x):
+    """e4m3 bits (int32) nearest to fp32 x >= 0, clamped to [2^-9, 448]; NaN and Inf give 0x7f."""
+    clamped = tl.minimum(tl.maximum(x, E4M3_MIN), E4M3_MAX)
+    u = bits_of(clamped)
+    normal = ((u + 0x7FFFF + ((u >> 20) & 1)) >> 20) - ((127 - 7) << 3)
+    # The last place of 2^14 in fp32 is 2^-9, the step of e4m3's subnormals.
+    subnormal = bits_of(clamped + 16384.0) - 0x46800000
+    code = tl.where(clamped < E4M3_MIN_NORMAL, subnormal, normal)
+    return tl.where(magnitude_bits(x) >= INF_BITS, E4M3_NAN, code)
+
+
+@triton.jit
+def decode_e4m3(code):
+    """fp32 of e4m3 bits 0..0x7f (int32): exponent and mantissa in place, the bias by a product."""
+    value = (code << 20).to(tl.float32, bitcast=True) * TWO_POW_120
+    return tl.where(code == E4M3_NAN, float("nan"), value)
+
+
+@triton.jit
+def encode_e2m1(v):
+    """4-bit codes (int32) of fp32 v; NaN gives 0. See `e2m1_index` in formats/nvfp4.py."""
+    a = tl.minimum(magnitude_bits(v).to(tl.float32, bitcast=True), 8.0)
+    fine = bits_of(a * 2.0 + ROUND) - ROUND_BITS
+    middle = bits_of(a + ROUND) - ROUND_BITS + 2
+    coarse = bits_of(a * 0.5 + ROUND) - ROUND_BITS + 4
+    index = tl.minimum(tl.minimum(fine, middle), tl.minimum(coarse, 7))
+    return tl.where(v != v, 0, index | ((bits_of(v) >> 28) & 8))
+
+
+@triton.jit
+def small_e2m1(word, position: tl.constexpr):
+    """fp32 value times 2^-126 of the code at `position` (0..7) in int32 words: four integer steps.
+
+    Exponent and mantissa of e2m1 are moved to where fp32 has their lowest bits, so that 0.5 is a
+    subnormal and everything else follows.
+    """
+    if position < 6:
+        placed = word << (22 - 4 * position)
+    else:
+        placed = word >> (4 * position - 22)
+    sign = word << (28 - 4 * position)
+    return ((placed & 0x01C00000) | (sign & -0x80000000)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def decode_e2m1(code):
+    """fp32 of 4-bit codes (int32)."""
+    return small_e2m1(code, 0) * TWO_POW_126
+
+
+@triton.jit
+def block_scales(blocks, factor: tl.constexpr):
+    """e4m3 bits [n] of the scales that map the amax of fp32 blocks [n, 16] to 1 / factor."""
+    amax = tl.max(magnitude_bits(blocks), axis=1).to(tl.float32, bitcast=True)
+    return encode_e4m3(amax * factor)
+
+
+@triton.jit
+def encode_blocks(blocks, scale):
+    """Codes [n, 16] of fp32 blocks under decoded scales [n]."""
+    return encode_e2m1(blocks * tl.math.div_rn(1.0, scale)[:, None])
+
+
+@triton.jit
+def _add_halves(x, n: tl.constexpr, width: tl.constexpr):
+    """[n, width] to [n, width/2]: first half plus second half."""
+    pairs = tl.permute(tl.reshape(x, (n, 2, width // 2)), (0, 2, 1))
+    first, second = tl.split(pairs)
+    return first + second
+
+
+@triton.jit
+def _squared_error(blocks, codes, scale, n: tl.constexpr):
+    """[n]: summed as a tree of halves, as in formats/nvfp4.py."""
+    error = blocks - decode_e2m1(codes) * scale[:, None]
+    total = _add_halves(error * error, n, 16)
+    total = _add_halves(total, n, 8)
+    total = _add_halves(total, n, 4)
+    return tl.reshape(_add_halves(total, n, 2), (n,))
+
+
+@triton.jit
+def quantize_blocks(blocks, n: tl.constexpr, four_over_six: tl.constexpr):
+    """Codes (int32 [n, 16]) and scale bits (int32 [n]) of fp32 blocks [n, 16]."""
+    bits = block_scales(blocks, ONE_SIXTH)
+    scale = decode_e4m3(bits)
+    codes = encode_blocks(blocks, scale)
+    if four_over_six:
+        wide_bits = block_scales(blocks, ONE_FOURTH)
+        wide_scale = decode_e4m3(wide_bits)
+        wide_codes = encode_blocks(blocks, wide_scale)
+        narrow_error = _squared_error(blocks, codes, scale, n)
+        wide = _squared_error(blocks, wide_codes, wide_scale, n) < narrow_error
+        codes = tl.where(wide[:, None], wide_codes, codes)
+        bits = tl.where(wide, wide_bits, bits)
+    return codes, bits
+
+
+@triton.jit
+def pack(codes, n: tl.constexpr):
+    """Codes [n, 16] to bytes uint8 [n, 8], even elements in the low nibbles."""
+    low, high = tl.split(tl.reshape(codes, (n, 8, 2)))
+    return (low | (high << 4)).to(tl.uint8)

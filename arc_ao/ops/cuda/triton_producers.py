@@ -1,0 +1,175 @@
+"""arc::quant_augment and the fused producers on NVIDIA GPUs from sm_80 on, by one Triton kernel.
+
+The functions have the operators' own signatures; dispatch.py registers them. x above 2^31 elements
+is addressed in 64 bits, and strided inputs are read where they lie.
+"""
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from arc_ao.ops.checks import check
+from arc_ao.ops.cuda import triton_inputs as inputs
+from arc_ao.ops.cuda import triton_quantize as kernels
+from arc_ao.ops.cuda.device import on_device
+from arc_ao.ops.producers import check_gelu, check_norm, check_same
+from arc_ao.ops.quant_augment import augmented_shapes, check_augmentation
+
+MAX_TILE = 1024  # blocks: a row of 16384 channels stays in registers
+LONG_TILE = 512  # blocks of a longer row read at a time
+FEW = 16  # extra blocks at a time
+ELEMENTS_PER_WARP = 1024
+
+
+class Source(NamedTuple):
+    """What a row is made from: x alone, or with another input, or with a norm's weight."""
+
+    kind: int
+    first: Tensor
+    second: Tensor | None = None
+    weight: Tensor | None = None
+    eps: float = 0.0
+
+
+def quant_augment(x: Tensor, *augmentation) -> tuple[Tensor, Tensor, Tensor]:
+    """`quant_augment_eager` by the kernel."""
+    return _run("quant_augment", Source(inputs.PLAIN.value, x), *augmentation)[:3]
+
+
+def rms_norm_quant_augment(
+    x: Tensor, weight: Tensor, eps: float, *augmentation
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`rms_norm_quant_augment_eager` by the kernel."""
+    op = "rms_norm_quant_augment"
+    check_norm(x, weight, op)
+    source = Source(inputs.RMS_NORM.value, x, weight=weight, eps=eps)
+    return _run(op, source, *augmentation)[:3]
+
+
+def add_rms_norm_quant_augment(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *augmentation
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`add_rms_norm_quant_augment_eager` by the kernel."""
+    op = "add_rms_norm_quant_augment"
+    check_same(x, residual, op, "residual")
+    check_norm(x, weight, op)
+    return _run(op, Source(inputs.ADD_RMS_NORM.value, x, residual, weight, eps), *augmentation)
+
+
+def silu_mul_quant_augment(
+    gate: Tensor, up: Tensor, *augmentation
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`silu_mul_quant_augment_eager` by the kernel."""
+    op = "silu_mul_quant_augment"
+    check_same(gate, up, op, "up")
+    return _run(op, Source(inputs.SILU_MUL.value, gate, up), *augmentation)[:3]
+
+
+def gelu_quant_augment(
+    x: Tensor, up: Tensor | None, approximate: str, *augmentation
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`gelu_quant_augment_eager` by the kernel."""
+    check_gelu(x, up, approximate)
+    alone, gated = (
+        (inputs.GELU, inputs.GELU_MUL)
+        if approximate == "none"
+        else (inputs.TANH_GELU, inputs.TANH_GELU_MUL)
+    )
+    kind = alone if up is None else gated
+    return _run("gelu_quant_augment", Source(kind.value, x, up), *augmentation)[:3]
+
+
+def _run(
+    op: str,
+    source: Source,
+    act_blocks: Tensor,
+    weight_blocks: Tensor,
+    outer_scale: Tensor | None,
+    scale_mode: str,
+    channel_order: Tensor | None = None,
+    act_channels: Tensor | None = None,
+    four_over_six: bool = False,
+    plan: str = "",
+    scale_layout: str = "plain",
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """qdata, scale, outer and, for ADD_RMS_NORM, the sum in the shape of x. Scales are plain:
+    dispatch.py leaves swizzled ones to others."""
+    x = source.first
+    check_augmentation(x, outer_scale, scale_mode, act_channels, scale_layout, op)
+    check(x.shape[-1] > 0, f"{op}: x must have at least one channel, got {list(x.shape)}")
+    qdata, scale, outer = augmented_shapes(x, act_blocks, weight_blocks, scale_mode, act_channels)
+    adds = source.kind == inputs.ADD_RMS_NORM.value
+    total = torch.empty_like(x, memory_format=torch.contiguous_format) if adds else None
+    if not x.numel():
+        outer.zero_() if outer_scale is None else outer.copy_(outer_scale)
+        return qdata, scale, outer, total
+    ids = (act_blocks, act_channels, weight_blocks)
+    launch = partial(_launch, source, ids, channel_order, four_over_six)
+    if scale_mode == "token":
+        launch(kernels.ROW_AMAX, None, qdata, scale, outer, total)
+    elif scale_mode == "static":
+        launch(kernels.GIVEN_SCALE, outer_scale, qdata, scale, outer, total)
+    else:
+        rows = x.new_empty(qdata.shape[0], dtype=torch.float32)
+        launch(kernels.ONLY_AMAX, None, qdata, scale, rows, total)
+        launch(kernels.GIVEN_AMAX, rows.amax().reshape(1), qdata, scale, outer, total)
+    return qdata, scale, outer, total
+
+
+def tile_blocks(blocks: int) -> tuple[int, bool]:
+    """Blocks in a tile, and whether a row of `blocks` is one tile."""
+    tile = max(2, triton.next_power_of_2(blocks))
+    return (tile, True) if tile <= MAX_TILE else (LONG_TILE, False)
+
+
+def num_warps(tile: int) -> int:
+    """Warps for a tile of blocks."""
+    return min(16, max(1, tile * 16 // ELEMENTS_PER_WARP))
+
+
+def _launch(
+    source: Source,
+    ids: tuple[Tensor, Tensor | None, Tensor],
+    order: Tensor | None,
+    four_over_six: bool,
+    origin: tl.constexpr,
+    scale_in: Tensor | None,
+    qdata: Tensor,
+    scale: Tensor,
+    outer: Tensor,
+    total: Tensor | None,
+) -> None:
+    """One program per row. For an absent tensor the kernel gets x and does not read it."""
+    first = _rows(source.first)
+    second = first if source.second is None else _rows(source.second)
+    weight = first if source.weight is None else source.weight
+    act_blocks, act_channels, weight_blocks = ids
+    gathered = 0 if act_channels is None else act_channels.shape[0] // 16
+    blocks = math.ceil(first.shape[1] / 16)
+    tile, whole = tile_blocks(blocks)
+    with on_device(first):
+        kernels.quantize_row[(first.shape[0],)](
+            first, second, weight, _or(total, first), _or(order, first), _or(scale_in, first),
+            act_blocks.contiguous(), _or(act_channels, act_blocks).contiguous(),
+            weight_blocks.contiguous(), qdata, scale, outer,
+            first.shape[1], blocks, act_blocks.shape[0], gathered, weight_blocks.shape[0],
+            source.eps, *first.stride(), *second.stride(),
+            1 if source.weight is None else weight.stride(0),
+            kind=source.kind, origin=origin.value, ordered=order is not None,
+            four_over_six=four_over_six, whole=whole, TILE=tile, FEW=FEW,
+            num_warps=num_warps(tile), enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[M, K], a view where the strides allow it."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _or(tensor: Tensor | None, otherwise: Tensor) -> Tensor:
+    return otherwise if tensor is None else tensor.contiguous()
