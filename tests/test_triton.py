@@ -20,6 +20,7 @@ from triton_build import build  # noqa: E402
 from arc_ao.ops.cuda import (
     triton_gemm,
     triton_inputs,
+    triton_producers,
     triton_quantize,
     triton_weight_only,
     tuning,
@@ -70,7 +71,8 @@ def quantizer(capability: int, kind: str, *, whole: bool, four_over_six: bool = 
         "TILE": tile,
         "FEW": 16,
     }
-    options = {"num_warps": tile // 64, "enable_fp_fusion": False}
+    warps = triton_producers.num_warps(tile, constants["kind"])
+    options = {"num_warps": warps, "enable_fp_fusion": False}
     return build(triton_quantize.quantize_row, capability, QUANTIZE_ARGUMENTS, constants, **options)
 
 

@@ -24,6 +24,7 @@ MAX_TILE = 1024  # blocks: a row of 16384 channels stays in registers
 LONG_TILE = 512  # blocks of a longer row read at a time
 FEW = 16  # extra blocks at a time
 ELEMENTS_PER_WARP = 1024
+GELU_ELEMENTS_PER_WARP = 512  # two live polynomials an element: more would spill registers
 
 
 class Source(NamedTuple):
@@ -127,9 +128,10 @@ def tile_blocks(blocks: int) -> tuple[int, bool]:
     return (tile, True) if tile <= MAX_TILE else (LONG_TILE, False)
 
 
-def num_warps(tile: int) -> int:
-    """Warps for a tile of blocks."""
-    return min(16, max(1, tile * 16 // ELEMENTS_PER_WARP))
+def num_warps(tile: int, kind: int) -> int:
+    """Warps for a tile of blocks of a kind of input."""
+    elements = GELU_ELEMENTS_PER_WARP if kind >= inputs.GELU.value else ELEMENTS_PER_WARP
+    return min(16, max(1, tile * 16 // elements))
 
 
 def _launch(
@@ -162,7 +164,7 @@ def _launch(
             1 if source.weight is None else weight.stride(0),
             kind=source.kind, origin=origin.value, ordered=order is not None,
             four_over_six=four_over_six, whole=whole, TILE=tile, FEW=FEW,
-            num_warps=num_warps(tile), enable_fp_fusion=False,
+            num_warps=num_warps(tile, source.kind), enable_fp_fusion=False,
         )  # fmt: skip
 
 
