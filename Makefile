@@ -38,7 +38,7 @@ test: lint  ## style checks, then all tests
 
 # Without a GPU: the kernels for Blackwell compile, their machine code holds the matrix units'
 # instructions and spills no registers, and the layouts and numbers are those of NVIDIA's own headers.
-# About four minutes and 5.5 GB; needs nvcc 13. Nothing runs on a device, and nothing may skip.
+# About four minutes and 8 GB; needs nvcc 13. Nothing runs on a device, and nothing may skip.
 test-cuda-build: $(CUDA_LIBRARY)  ## compile the CUDA kernels and look into them
 	PATH="$$(echo $(CUDA_TOOLS)):$$PATH" ARC_AO_REQUIRE_CUDA=1 \
 		ARC_AO_CUDA_LIBRARY=$(CUDA_LIBRARY) $(TEST_ENV) \
