@@ -38,7 +38,7 @@ test: lint  ## style checks, then all tests
 
 # Without a GPU: the kernels for Blackwell compile, their machine code holds the matrix units'
 # instructions and spills no registers, and the layouts and numbers are those of NVIDIA's own headers.
-# About four minutes and 5.5 GB; needs nvcc 13. Nothing runs on a device, and nothing may skip.
+# About four minutes and 8 GB; needs nvcc 13. Nothing runs on a device, and nothing may skip.
 test-cuda-build: $(CUDA_LIBRARY)  ## compile the CUDA kernels and look into them
 	PATH="$$(echo $(CUDA_TOOLS)):$$PATH" ARC_AO_REQUIRE_CUDA=1 \
 		ARC_AO_CUDA_LIBRARY=$(CUDA_LIBRARY) $(TEST_ENV) \
@@ -57,7 +57,8 @@ sanitize: $(VENV)/.stamp-test  ## native kernels with address and undefined-beha
 	CXXFLAGS="$(SANITIZE)" $(BIN)/python build_native.py $(SANITIZED)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 ARC_AO_LIBRARY=$(SANITIZED) $(TEST_ENV) \
-		$(BIN)/python -m pytest tests/test_native_cpu.py -q --capture=sys -p no:cacheprovider $(PYTEST_ARGS)
+		$(BIN)/python -m pytest tests/test_native_cpu.py tests/test_swizzled.py -q --capture=sys \
+		-p no:cacheprovider -k "not compiled and not fake and not opcheck" $(PYTEST_ARGS)
 
 format: $(VENV)/.stamp-test  ## mend what ruff can mend
 	$(BIN)/ruff check --fix .

@@ -5,7 +5,7 @@ compute capability 10.0 and 10.3, sm_120f for 12.0 and 12.1. (Any other suffix c
 error, to kernels that hold no matrix instruction: tests/test_cuda_build.py looks into the code.)
 The library has a C interface and its own CUDA runtime, so that one binary serves every torch.
 
-It takes minutes and 5.5 GB of memory, so an installation builds it where a GPU of these families is
+It takes minutes and 8 GB of memory, so an installation builds it where a GPU of these families is
 visible, or where asked. It needs nvcc 13 and the headers of nvidia-cutlass 4.2 (build time only).
 
 ARC_AO_CUDA=0 leaves it out, ARC_AO_CUDA=1 demands it; ARC_AO_CUDA_ARCHS="120" chooses families;
@@ -103,7 +103,7 @@ def requirements() -> list[str]:
 
 def build_library(target: Path, work: Path, names: list[str]) -> None:
     """Compile for the families `names` and link to `target`; objects and the assembler's report go
-    to `work`. One unit after the other: each takes up to 5.5 GB.
+    to `work`. One unit after the other: each takes up to 8 GB.
 
     Raises:
         RuntimeError: something is missing, or an error of the compiler, with its output.
