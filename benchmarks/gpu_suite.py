@@ -50,7 +50,7 @@ def build_kernels(device: torch.device, seconds: float) -> str:
         return "not built: the compiled kernels are for Blackwell"
     if not script.exists() or shutil.which("nvcc") is None:
         return "not built: build_cuda.py or nvcc is missing"
-    command = [sys.executable, str(script)]
+    command = [sys.executable, str(script), str(ROOT / "arc_ao" / "libarc_ao_cuda.so")]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:

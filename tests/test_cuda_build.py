@@ -154,7 +154,7 @@ def test_quantizing_refuses_before_it_asks_a_device():
         ({"rows": 0}, b"expected 1 to 2147483520 rows, got 0"),
         ({"channels": 1 << 20}, b"expected 1 to 655360 channels, got 1048576"),
         ({"num_act_channels": 8}, b"act_channels must hold a multiple of 16"),
-        ({"producer": 4}, b"producer or scale_mode out of range"),
+        ({"producer": len(library.PRODUCERS)}, b"producer or scale_mode out of range"),
     ]:
         q = library.Quantize(**{"rows": 1, "channels": 16, **changes})
         assert message in launch(ctypes.byref(q), 0, None)
