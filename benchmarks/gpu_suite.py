@@ -50,9 +50,11 @@ def build_kernels(device: torch.device, seconds: float) -> str:
         return "not built: the compiled kernels are for Blackwell"
     if not script.exists() or shutil.which("nvcc") is None:
         return "not built: build_cuda.py or nvcc is missing"
-    command = [sys.executable, str(script)]
+    family = "100" if torch.cuda.get_device_capability(device)[0] == 10 else "120"
+    command = [sys.executable, str(script), str(ROOT / "arc_ao" / "libarc_ao_cuda.so")]
+    options = {"cwd": ROOT, "env": os.environ | {"ARC_AO_CUDA_ARCHS": family}}
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, **options)
     except subprocess.TimeoutExpired:
         return f"not built: took longer than {seconds:.0f} s"
     return "built" if done.returncode == 0 else f"failed: {done.stderr.strip()[-500:]}"

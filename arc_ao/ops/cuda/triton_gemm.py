@@ -60,7 +60,8 @@ def high_word(block):
 def decode_word(word, scale):
     """fp32 [m, n, 2, 2, 2] of the codes in int32 words [m, n].
 
-    Channel c lies at [c & 1, c & 2, c & 4], as 0 or 1 each. The values of a word stay with the thread that holds it.
+    Channel c lies at [c & 1, c & 2, c & 4], as 0 or 1 each. The values of a word stay with the
+    thread that holds it.
     """
     low_pairs = tl.join(
         tl.join(operand(word, 0, scale), operand(word, 1, scale)),
