@@ -18,6 +18,7 @@ from arc_ao.formats import nvfp4
 from arc_ao.ops import nvfp4_gemm, producers, quant_augment
 from arc_ao.ops.cuda import dispatch
 from arc_ao.ops.nvfp4_gemm import decode_weight, nvfp4_gemm_eager
+from arc_ao.ops.nvfp4_weight_only_gemm import augmented, nvfp4_weight_only_gemm_eager
 from arc_ao.ops.quant_augment import quant_augment_eager
 
 EPS = 1e-6
@@ -27,6 +28,7 @@ EAGER = {
     "add_rms_norm_quant_augment": producers.add_rms_norm_quant_augment_eager,
     "silu_mul_quant_augment": producers.silu_mul_quant_augment_eager,
     "nvfp4_gemm": nvfp4_gemm_eager,
+    "nvfp4_weight_only_gemm": nvfp4_weight_only_gemm_eager,
 }
 ROUNDED_EXACTLY = 0.999  # share of elements; the rest may differ by an ulp
 ROW_SUM_TOLERANCE = 1e-6
@@ -74,6 +76,8 @@ def all_cases(device: torch.device, *, small: bool) -> Iterator[Case]:
         for rows in (1, 2, 17) if small else (1, 2, 16, 17, 64, 200, 1024):
             n, k = (33, 272) if small else (4099, 4096)
             yield f"{backend}: product, M = {rows}", partial(product, backend, device, rows, n, k)
+            case = partial(weight_only_product, backend, device, rows, n, k)
+            yield f"{backend}: weight-only product, M = {rows}", case
     if device.type == "cuda":
         yield from routes(device)
     yield "empty batch", partial(empty_batch, device)
@@ -182,6 +186,23 @@ def product(backend: str, device: torch.device, rows: int, n: int, k: int) -> No
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         args = operands(rows, n, k, device, dtype)
         assert_within_the_bound(operator("nvfp4_gemm", backend)(*args.values()), args)
+
+
+def weight_only_product(backend: str, device: torch.device, rows: int, n: int, k: int) -> None:
+    """One level's W4A16 product against float64, to an ulp and 1e-6 of the sums."""
+    weight = quantized(activations(n, k, torch.bfloat16, device), 0.06)
+    right = nvfp4.decode(weight.qdata, weight.scale).double() * weight.outer.double()
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        x, bias = activations(rows, k, dtype, device), activations(1, n, dtype, device)[0]
+        left = augmented(x.double(), weight.weight_blocks)
+        y = operator("nvfp4_weight_only_gemm", backend)(
+            x, weight.qdata, weight.scale, weight.outer, bias, weight.weight_blocks
+        )
+        exact = left @ right.t() + bias.double()
+        allowed = torch.finfo(dtype).eps * exact.abs() + 1e-6 * (left.abs() @ right.abs().t())
+        # fp16 overflows to the same Inf on both sides.
+        difference = torch.where(y == exact.to(dtype), 0.0, (y.double() - exact).abs())
+        assert (difference <= allowed).all(), f"{dtype}: {(difference / allowed).max():.3g} bounds"
 
 
 def routes(device: torch.device) -> Iterator[Case]:
