@@ -18,7 +18,7 @@ OPERATORS = (
 
 def preferred_layout(device: torch.device) -> str:
     """The weight layout that the kernels of a device read without rearranging it."""
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.cuda.is_available():
         return dispatch.weight_layout(device)
     return "panels" if device.type == "cpu" and native.load() is not None else "plain"
 
