@@ -165,11 +165,11 @@ class ARCTensor(TorchAOBaseTensor):
         """Whether activations are quantized (W4A4) or multiplied as they are (W4A16)."""
         return self.activation_scale != "none"
 
-    def packed(self) -> "ARCTensor":
-        """The same weight in the layout that the kernels of its device prefer."""
+    def packed(self, device: torch.device | None = None) -> "ARCTensor":
+        """The same weight in the layout that the kernels of a device (its own) prefer."""
         if not self.quantizes_input:
             return self.to_layout("plain")
-        return self.to_layout(preferred_layout(self.device))
+        return self.to_layout(preferred_layout(device or self.device))
 
     def to_layout(self, layout: str) -> "ARCTensor":
         """The same weight with qdata and scale in another layout; itself if it has that layout.

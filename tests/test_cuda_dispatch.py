@@ -131,6 +131,29 @@ def test_tables_are_in_the_package():
     assert all(tuning.read_table(tuning.TABLES / name) for name in names)
 
 
+def test_a_measured_table_is_one_that_is_read(tmp_path, monkeypatch):
+    """Every candidate, placed on a shape, survives; a route that is best again extends its rule."""
+    pytest.importorskip("triton", reason="the kernels for NVIDIA GPUs are written in triton")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import gpu_tune
+
+    shape = gpu_tune.SHAPES[0]
+    rules = [gpu_tune.placed(r, m, shape) for m in (1, 4, 256) for r in gpu_tune.candidates(m)]
+    assert {rule.route for rule in rules} == {"row", "tiles", "decode"}
+    rules += tuning.read_table(tuning.TABLES / "default.json")
+    path = tmp_path / "sm_90.json"
+    path.write_text(gpu_tune.table_text({"capability": "9.0", "measured": {"gpu": "x"}}, rules))
+    assert tuning.read_table(path) == tuple(rules)
+    monkeypatch.setattr(gpu_tune.providers, "build", lambda *_: None)
+    order = iter([Rule("row")] * 3 + [Rule("tiles")] * 2 + [Rule("decode")] * 6)
+    monkeypatch.setattr(gpu_tune, "fastest", lambda *_: next(order))
+    tiny = gpu_tune.Shape("tiny", "square", 16, 16)
+    best = gpu_tune.best_rules(torch.device("cpu"), tiny, {})
+    assert [(r.route, r.max_m, r.n, r.k) for r in best] == [
+        ("row", 4, 16, 16), ("tiles", 16, 16, 16), ("decode", 1024, 16, 16)
+    ]  # fmt: skip
+
+
 def test_the_suite_runs_from_a_bare_checkout(tmp_path):
     """With torch alone: the operators load without arc_ao's other imports, and a dry run checks,
     times and writes its report."""

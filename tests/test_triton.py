@@ -101,6 +101,14 @@ def rules(route: str) -> dict[str, tuning.Rule]:
     return {f"{r.block_m}x{r.block_n}": r for r in table if r.route == route}
 
 
+def launch_options(rule: tuning.Rule) -> dict:
+    return {
+        "num_warps": rule.num_warps,
+        "num_stages": rule.num_stages,
+        "enable_fp_fusion": True,
+    }
+
+
 def product(kernel, capability: int, rule: tuning.Rule, *, repeats: bool):
     constants = {
         "repeats": repeats,
@@ -112,7 +120,7 @@ def product(kernel, capability: int, rule: tuning.Rule, *, repeats: bool):
         "BLOCK_N": rule.block_n,
         "BLOCK_K": rule.block_k,
     }
-    options = {"num_warps": rule.num_warps, "num_stages": rule.num_stages}
+    options = launch_options(rule)
     return build(kernel, capability, PRODUCT_ARGUMENTS, constants, **options)
 
 
@@ -127,6 +135,7 @@ def test_tiles_run_on_tensor_cores_and_spill_nothing(name):
         assert machine.opcodes[expected], (capability, machine.opcodes)
         assert machine.spills == 0, capability
         assert not FLOAT_ATOMICS.search(machine.ptx)
+        assert ".ftz" not in machine.ptx  # 0.5 is decoded by way of a subnormal
 
 
 @pytest.mark.parametrize("capability, block_m, expected", [(80, 16, "HMMA"), (90, 128, "HGMMA")])
@@ -142,9 +151,9 @@ def test_weight_only_tiles_run_on_tensor_cores(capability, block_m, expected):
     }
     constants = {"partial": False, "has_bias": True}
     constants |= {"BLOCK_M": block_m, "BLOCK_N": rule.block_n, "BLOCK_K": rule.block_k}
-    options = {"num_warps": rule.num_warps, "num_stages": rule.num_stages}
+    options = launch_options(rule)
     machine = build(triton_weight_only.multiply, capability, arguments, constants, **options)
-    assert machine.spills == 0 and machine.opcodes[expected]
+    assert machine.spills == 0 and machine.opcodes[expected] and ".ftz" not in machine.ptx
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -154,7 +163,7 @@ def test_one_row_is_streamed_and_spills_nothing(capability):
     machine = product(triton_gemm.multiply_row, capability, rule, repeats=False)
     assert machine.spills == 0 and machine.opcodes["FFMA"] >= 16
     assert re.search(r"ld\.global\S*\.b64", machine.ptx)
-    assert not FLOAT_ATOMICS.search(machine.ptx)
+    assert not FLOAT_ATOMICS.search(machine.ptx) and ".ftz" not in machine.ptx
 
 
 def test_default_rules_are_all_built_here():

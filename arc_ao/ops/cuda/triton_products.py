@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from arc_ao.ops.checks import check
 from arc_ao.ops.cuda import triton_gemm as kernels
 from arc_ao.ops.cuda.device import on_device
 from arc_ao.ops.cuda.tuning import Rule, choose
@@ -18,6 +19,7 @@ from arc_ao.ops.layout import from_panels
 from arc_ao.ops.nvfp4_gemm import check_epilogue, check_operands
 
 BLOCK_BYTES = 8
+READ_LAYOUTS = ("plain", "panels")
 PROCESSORS_INTERPRETED = 4
 PROGRAMS_PER_PROCESSOR = 2  # that a split of K aims at
 MIN_STEPS = 4  # of the loop over K in one part
@@ -63,7 +65,8 @@ def multiply(
     """`nvfp4_gemm`, by `rule` where one is given."""
     check_operands(a, a_scale, b, b_scale, act_blocks, base_blocks, b_layout)
     check_epilogue(a_outer, bias, a.shape[0], b.shape[0])
-    if b_layout != "plain":  # of a weight that was packed for a CPU: right, and slow
+    check(b_layout in READ_LAYOUTS, f"nvfp4_gemm: Triton reads {READ_LAYOUTS}, got {b_layout!r}")
+    if b_layout == "panels":  # of a weight that was packed for a CPU: right, and slow
         b, b_scale = from_panels(b, b_scale)
     y = a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
     if not y.numel():
