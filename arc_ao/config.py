@@ -13,6 +13,8 @@ from arc_ao.formats.nvfp4 import BLOCK_SIZE
 ChannelOrder = Literal["none", "amax"]
 Granularity = Literal["block", "channel"]
 Selection = Literal["energy", "threshold"]
+Smooth = Literal["none", "flatten", "search"]
+Branch = Literal["svd", "arhq"]
 Recipe = Literal["auto", "balanced", "paper", "plain"]
 Step = Literal["prepare", "convert", "prepare_for_loading"]
 
@@ -47,6 +49,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "activation_scale": "token",
     },
 }
+SAMPLE_TOKENS = 2048  # input rows kept a layer where means over single channels do not suffice
 SEARCHED_FIELDS = ("channel_order", "granularity", "exchange_rate", "four_over_six")
 CHOICES: dict[str, tuple[Any, ...]] = {
     "recipe": ("auto", *RECIPES),
@@ -56,6 +59,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "weight_scale": ("amax", "mse", "four_over_six", None),
     "activation_scale": ("token", "tensor", "static", None),
     "four_over_six": (True, False, None),
+    "smooth": ("none", "flatten", "search"),
+    "rotation": (0, 16, 32, 64, 128),
+    "branch": ("svd", "arhq"),
     "pad_in_features": (True, False),
     "step": ("prepare", "convert", "prepare_for_loading", None),
 }
@@ -88,6 +94,12 @@ class ARCConfig(AOBaseConfig):
         activation_scale: outer scale of activations: "token" (one per row), "tensor", "static"
             (calibrated constant).
         four_over_six: choose each activation block's scale between amax/6 and amax/4.
+        smooth: channel scales moved from inputs to weights: "none", "flatten" (SERQ: inputs to amax
+            1), "search" (SmoothQuant, AWQ: by the layer's output error).
+        rotation: size of a block Hadamard rotation, 0 for none (methods/rotation.py).
+        rank: of a 16-bit low-rank branch, 0 for none.
+        branch: how it is found: "svd" (SVDQuant) or "arhq".
+        branch_iterations: decompositions after the first that "svd" may try.
         pad_in_features: pad in_features that are not a multiple of 16 instead of skipping the
             layer.
         step: None (one call), or torchao's steps "prepare", "convert", "prepare_for_loading".
@@ -107,6 +119,11 @@ class ARCConfig(AOBaseConfig):
     weight_scale: Literal["amax", "mse", "four_over_six"] | None = None
     activation_scale: Literal["token", "tensor", "static"] | None = None
     four_over_six: bool | None = None
+    smooth: Smooth = "none"
+    rotation: int = 0
+    rank: int = 0
+    branch: Branch = "svd"
+    branch_iterations: int = 100
     pad_in_features: bool = False
     step: Step | None = None
     version: int = 1
@@ -136,6 +153,10 @@ class ARCConfig(AOBaseConfig):
             )
         if self.exchange_rate is not None:
             self.exchange_rate = _checked_rate(self.exchange_rate)
+        for field in ("rank", "branch_iterations"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"ARCConfig.{field} must be a number >= 0, got {value!r}")
         for field in ("num_act_channels", "num_weight_channels"):
             value = getattr(self, field)
             if value is None:
@@ -186,7 +207,13 @@ class ARCConfig(AOBaseConfig):
         """False where only weights matter: no residuals, nothing to measure, dynamic scales."""
         resolved = self.resolve()
         static = resolved.activation_scale == "static"
-        return self.has_residuals or static or resolved.channel_order == "amax"
+        is_sorted = resolved.channel_order == "amax"
+        return self.has_residuals or static or is_sorted or self.smooth != "none" or self.rank > 0
+
+    @property
+    def sample_tokens(self) -> int:
+        """Input rows that calibration keeps of every layer."""
+        return SAMPLE_TOKENS if self.rank or self.rotation or self.smooth != "none" else 0
 
     def resolve(self, **measured: Any) -> "ARCConfig":
         """Copy without None fields: `measured` values first, then the recipe's."""

@@ -18,9 +18,10 @@ from torchao.quantization import quantize_ as torchao_quantize_
 from torchao.quantization import register_quantize_module_handler
 from tqdm import tqdm
 
-from arc_ao.calibration.data import Batch, calibrate, to_batches
+from arc_ao.calibration.data import Batch, calibrate, num_tokens, to_batches
 from arc_ao.calibration.session import CalibrationSession, Member, detach, observer_on
 from arc_ao.config import ARCConfig
+from arc_ao.config_family import CONFIGS
 from arc_ao.formats.nvfp4 import BLOCK_SIZE
 from arc_ao.integrations.huggingface import attach_quantizer
 from arc_ao.loading import empty_tensor
@@ -101,9 +102,11 @@ def _calibrate_and_resolve(
     resolved = {}
     for config, modules in groups:
         _apply(model, config.with_step("prepare"), modules)
-    if batches is not None:
-        calibrate(model, batches, progress=progress)
     sessions = [observer_on(next(iter(modules.values()))).session for _, modules in groups]
+    if batches is not None:
+        for session in sessions:
+            session.spread_samples(sum(num_tokens(batch) for batch in batches))
+        calibrate(model, batches, progress=progress)
     for session in sessions:
         session.observing = False  # a search for one config must not feed the others
     for (config, _), session in zip(groups, sessions, strict=True):
@@ -201,7 +204,6 @@ def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-@register_quantize_module_handler(ARCConfig)
 def _arc_transform(
     module: nn.Module, config: ARCConfig, *, parameter_name: str = "weight"
 ) -> nn.Module:
@@ -225,6 +227,10 @@ def _arc_transform(
     else:
         _quantize_uncalibrated(module, config)
     return module
+
+
+for _config in CONFIGS:
+    register_quantize_module_handler(_config)(_arc_transform)
 
 
 def _name_of(module: nn.Module) -> str:

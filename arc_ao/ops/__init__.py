@@ -1,6 +1,7 @@
 """Registered operators `arc::*`: one file each with its eager meaning and its fake."""
 
 from arc_ao.ops.backends import OPERATORS, backend_report
+from arc_ao.ops.input_transform import project_down, transform_input
 from arc_ao.ops.nvfp4_gemm import nvfp4_gemm
 from arc_ao.ops.producers import (
     add_rms_norm_quant_augment,
@@ -14,7 +15,9 @@ __all__ = [
     "add_rms_norm_quant_augment",
     "backend_report",
     "nvfp4_gemm",
+    "project_down",
     "quant_augment",
     "rms_norm_quant_augment",
     "silu_mul_quant_augment",
+    "transform_input",
 ]

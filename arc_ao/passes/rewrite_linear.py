@@ -7,7 +7,7 @@ from torch.fx import GraphModule, Node
 
 from arc_ao.passes.graph_linears import GraphLinear, register, remove_attribute
 from arc_ao.passes.nodes import aten, meta_of, value
-from arc_ao.tensor import INPUT_TENSORS, ARCTensor
+from arc_ao.tensor import INPUT_TENSORS, TRANSFORM_TENSORS, ARCTensor
 
 arc = torch.ops.arc
 
@@ -22,9 +22,11 @@ def rewrite_linears(
     x = observer_node.args[0]
     with gm.graph.inserting_before(observer_node):
         quantized, ids = _quantize(gm, x, linears[0].name, tensors[linears[0].name])
+        hidden = _project_down(gm, x, ids["down"], tensors[linears[0].name])
     for linear in linears:
         with gm.graph.inserting_before(linear.node):
             y = _multiply(gm, quantized, linear, tensors[linear.name], ids, value(linear.node))
+            y = _add_branch(gm, y, hidden, linear, tensors[linear.name])
             shaped = _shaped_like(gm, y, x, linear.node)
         shaped.meta = meta_of(linear.node)
         linear.node.replace_all_uses_with(shaped)
@@ -49,13 +51,16 @@ def _erase_unread(gm: GraphModule, weight: Node) -> None:
 def _quantize(
     gm: GraphModule, x: Node, name: str, tensor: ARCTensor
 ) -> tuple[tuple[Node, ...], dict[str, Node | None]]:
-    """The three results of quantizing x, and the nodes of the ids it was quantized with."""
+    """The three results of quantizing x, and the nodes of what was done to it."""
     ids = {
         inner: None
         if getattr(tensor, inner) is None
         else register(gm, f"{name}_{inner}", getattr(tensor, inner))
-        for inner in INPUT_TENSORS
+        for inner in (*INPUT_TENSORS, *TRANSFORM_TENSORS)
     }
+    if tensor.input_scale is not None or tensor.rotation is not None:
+        transform = (x, ids["input_scale"], ids["rotation"], tensor.input_plan)
+        x = gm.graph.call_function(arc.transform_input.default, transform)
     call = gm.graph.call_function(
         arc.quant_augment.default,
         (
@@ -71,6 +76,24 @@ def _quantize(
         ),
     )
     return tuple(gm.graph.call_function(operator.getitem, (call, i)) for i in range(3)), ids
+
+
+def _project_down(gm: GraphModule, x: Node, down: Node | None, tensor: ARCTensor) -> Node | None:
+    """First half of the low-rank branch, once for all linears behind x."""
+    if down is None:
+        return None
+    return gm.graph.call_function(arc.project_down.default, (x, down, tensor.input_plan))
+
+
+def _add_branch(
+    gm: GraphModule, y: Node, hidden: Node | None, linear: GraphLinear, tensor: ARCTensor
+) -> Node:
+    """y and the second half of the low-rank branch."""
+    if hidden is None:
+        return y
+    up = register(gm, f"{linear.name}_up", tensor.up.to(value(linear.node).dtype))
+    transposed = gm.graph.call_function(aten.permute.default, (up, [1, 0]))
+    return gm.graph.call_function(aten.addmm.default, (y, hidden, transposed))
 
 
 def _multiply(
