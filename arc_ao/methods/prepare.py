@@ -100,12 +100,13 @@ def _searched(
     config: ARCConfig,
     error: Callable[[Preparation], float],
 ) -> Preparation:
-    """Scales by the output error; with SVDQuant's branch (a sketch of it) inside."""
+    """Scales by the output error; with SVDQuant's branch (a sketch of it) inside, unless it is to be
+    found by one decomposition."""
     weight_amax = torch.stack([w.abs().amax(0) for w in weights]).amax(0).float()
 
     def with_scales(scales: Tensor) -> Preparation:
         candidate = replace(prepared, input_scale=1 / scales)
-        if config.rank and config.branch == "svd":
+        if config.rank and config.branch == "svd" and config.branch_iterations:
             branch = sketched_svd(_joined(candidate, weights), config.rank)
             candidate = replace(candidate, branches=_split(branch, weights, candidate))
         return candidate

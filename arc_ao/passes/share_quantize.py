@@ -2,7 +2,8 @@
 
 Calls of `arc::quant_augment` on one tensor are equal if their block ids, scales and settings are.
 Those tensors are inputs of the graph, whose values a pass does not see: equal digests (`plan`)
-stand for equal values, and a call without one is compared by its nodes.
+stand for equal values, and a call without one is compared by its nodes. The same holds for what
+x goes through before (`arc::transform_input`) and beside it (`arc::project_down`).
 """
 
 from typing import Any
@@ -12,14 +13,15 @@ from torch.fx import Graph, Node
 
 from arc_ao.passes.nodes import bound, calls
 
-quant_augment = torch.ops.arc.quant_augment.default
+arc = torch.ops.arc
+SHARED = (arc.quant_augment.default, arc.transform_input.default, arc.project_down.default)
 
 
 def share_quantize(graph: Graph) -> int:
-    """Let equal quantizations of one tensor be one; how many calls went."""
+    """Let equal calls on one tensor be one; how many went."""
     seen: dict[Any, Node] = {}
     shared = 0
-    for node in calls(graph, quant_augment):
+    for node in calls(graph, *SHARED):
         first = seen.setdefault(_key(node), node)
         if first is not node:
             node.replace_all_uses_with(first)
@@ -31,4 +33,4 @@ def share_quantize(graph: Graph) -> int:
 def _key(node: Node) -> Any:
     arguments = bound(node)
     x, plan = arguments.pop("x"), arguments.pop("plan")
-    return (x, plan) if plan else (x, *arguments.values())
+    return (node.target, x, plan) if plan else (node.target, x, *arguments.values())
