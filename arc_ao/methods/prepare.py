@@ -100,8 +100,8 @@ def _searched(
     config: ARCConfig,
     error: Callable[[Preparation], float],
 ) -> Preparation:
-    """Scales by the output error; with SVDQuant's branch (a sketch of it) inside, unless it is to be
-    found by one decomposition."""
+    """Scales by the output error; with SVDQuant's branch (a sketch of it) inside, unless that is
+    to be found by one decomposition."""
     weight_amax = torch.stack([w.abs().amax(0) for w in weights]).amax(0).float()
 
     def with_scales(scales: Tensor) -> Preparation:

@@ -1,9 +1,9 @@
 """What a linear's input goes through, in plain operators: in the norm before it, or for Inductor.
 
-    transform_input(weight * normalised, s)   ->  (weight * s) * normalised     without other readers
-    transform_input(x, s)                     ->  x * s
-    transform_input(x, s, H)                  ->  (x * s) H, block by block
-    project_down(x, down)                     ->  mm(x, down^T)
+    transform_input(weight * normalised, s) ->  (weight * s) * normalised    if nothing else reads x
+    transform_input(x, s)                   ->  x * s
+    transform_input(x, s, H)                ->  (x * s) H, block by block
+    project_down(x, down)                   ->  mm(x, down^T)
 
 All keep the bits: s holds powers of two, so the products with it are exact, and the rest is the
 operators' own arithmetic. A package for other processes needs nothing of ours for them, then.
