@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from test_quantize import assert_same_tensors, same_logits, small_llama, three_steps
-from tiny_models import VOCAB_SIZE, Logits
+from tiny_models import VOCAB_SIZE, NormedPair
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -29,6 +29,7 @@ FAMILY = {
 methods = pytest.mark.parametrize("config", FAMILY.values(), ids=FAMILY)
 TOKENS = torch.randint(VOCAB_SIZE, (4, 32), generator=torch.Generator().manual_seed(0))
 BATCHES = [TOKENS[:2], TOKENS[2:]]
+HIDDEN = torch.randn(2, 32, 64, generator=torch.Generator().manual_seed(1)).bfloat16().unbind()
 
 
 def quantized(config: ARCConfig, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
@@ -57,32 +58,36 @@ def test_saved_and_loaded_models_are_bit_equal(config, tmp_path):
     assert same_logits(model, loaded)
 
 
+def pair(config: ARCConfig | None = None) -> nn.Module:
+    model = NormedPair().bfloat16().requires_grad_(False)
+    if config is not None:
+        quantize_(model, config, calibration_data=HIDDEN, progress=False)
+    return model
+
+
 @methods
 def test_the_graph_flow_gives_the_bits_of_the_eager_one(config):
-    dims = {0: torch.export.Dim("batch", max=8), 1: torch.export.Dim("length", min=2, max=64)}
-    model = Logits(small_llama().bfloat16()).requires_grad_(False)
-    prepared = arc_ao.prepare_arc(
-        torch.export.export(model, (TOKENS[:2],), dynamic_shapes=(dims,)), config
-    )
-    for batch in BATCHES:
+    rows = ({0: torch.export.Dim("rows", min=2, max=64)},)
+    program = torch.export.export(pair(), (HIDDEN[0],), dynamic_shapes=rows)
+    prepared = arc_ao.prepare_arc(program, config)
+    for batch in HIDDEN:
         prepared(batch)
-    converted = arc_ao.convert_arc(prepared)
-    eager = Logits(quantized(config))
-    for ids in (TOKENS, TOKENS[:1, :7]):
-        assert torch.equal(converted(ids), eager(ids))
+    converted, eager = arc_ao.convert_arc(prepared), pair(config)
+    for x in (HIDDEN[0], HIDDEN[1][:5]):
+        assert torch.equal(converted(x), eager(x))
 
 
-@methods
-def test_exported_and_traced_models_are_bit_equal(config):
+@pytest.mark.parametrize("name", ["SERQ, published", "SVDQuant", "everything"])
+def test_exported_and_traced_models_are_bit_equal(name):
     """torch.export with a dynamic length, and torch.compile of the whole graph."""
-    model = Logits(quantized(config)).requires_grad_(False)
-    length = torch.export.Dim("length", min=2, max=64)
-    program = torch.export.export(model, (TOKENS,), dynamic_shapes=({1: length},)).module()
+    model = pair(FAMILY[name])
+    rows = ({0: torch.export.Dim("rows", min=2, max=64)},)
+    program = torch.export.export(model, (HIDDEN[0],), dynamic_shapes=rows).module()
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for ids in (TOKENS, TOKENS[:, :9]):
-        assert torch.equal(program(ids), model(ids))
-        assert torch.equal(compiled(ids), model(ids))
+    for x in (HIDDEN[0], HIDDEN[1][:9]):
+        assert torch.equal(program(x), model(x))
+        assert torch.equal(compiled(x), model(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
