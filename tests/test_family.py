@@ -139,7 +139,7 @@ def test_degenerate_calibration_data_gives_finite_layers(config, data):
     quantize_(model, config, calibration_data=[data], progress=False)
     y, expected = model(x), nn.functional.linear(x, original, linear.bias)
     assert y.isfinite().all()
-    assert (y - expected).norm() < 0.3 * expected.norm()
+    assert (y - expected).norm() < 0.4 * expected.norm()  # flattening by one token costs most
     for name in model[0].weight.__tensor_flatten__()[0]:
         stored = getattr(model[0].weight, name)
         assert stored.is_floating_point() is False or stored.isfinite().all(), name
@@ -217,6 +217,18 @@ def test_misuse_is_refused_by_name():
     with pytest.raises(ValueError, match="0: expected in_features to be a multiple of rotation=64"):
         quantize_(model, NVFP4Config(rotation=64))
     assert not arc_tensors(model)
+
+
+def test_statistics_without_rows_are_refused():
+    """A prepared model's state_dict carries sums, not the rows that a branch needs."""
+    config = SVDQuantConfig(rank=4)
+    filled, empty = nn.Sequential(nn.Linear(64, 32)), nn.Sequential(nn.Linear(64, 32))
+    for model in (filled, empty):
+        quantize_(model, config.with_step("prepare"))
+    filled(torch.randn(8, 64))
+    empty.load_state_dict(filled.state_dict())
+    with pytest.raises(ValueError, match="0: expected rows of the input for smooth"):
+        quantize_(empty, config.with_step("convert"))
 
 
 def test_low_rank_needs_no_warning_under_autocast():

@@ -113,10 +113,19 @@ def analyse_group(
 
     Args:
         sample: rows [M, K] of the input, where config.sample_tokens asks for them.
+
+    Raises:
+        ValueError: statistics without such rows, or in_features that no rotation fits, naming the
+            layer.
     """
     weights = [member.module.weight for member in members]
     for member in members:
         check_rotation(member, config)
+    if config.sample_tokens and statistics is not None and sample is None:
+        raise ValueError(
+            f"{members[0].name}: expected rows of the input for smooth, rotation or rank, found "
+            "statistics alone (a state_dict does not carry rows); run calibration data again"
+        )
 
     def error(prepared: Preparation) -> float:
         analysis = _analyse(members, statistics, config, sample, prepared)
