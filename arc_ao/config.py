@@ -99,7 +99,7 @@ class ARCConfig(AOBaseConfig):
         rotation: size of a block Hadamard rotation, 0 for none (methods/rotation.py).
         rank: of a 16-bit low-rank branch, 0 for none.
         branch: how it is found: "svd" (SVDQuant) or "arhq".
-        branch_iterations: decompositions after the first that "svd" may try; 0 also leaves the
+        branch_iterations: decompositions after the first that may be tried; 0 also leaves the
             branch out of the search of channel scales.
         pad_in_features: pad in_features that are not a multiple of 16 instead of skipping the
             layer.

@@ -46,13 +46,17 @@ class SVDQuantConfig(ARCConfig):
 @dataclass
 class ARHQConfig(ARCConfig):
     """ARHQ (arXiv 2605.00140): the branch that takes over most of the activations' quantization
-    error, after channel scales searched without it. Linears that share an input share `down`."""
+    error, after channel scales searched without it. Linears that share an input share `down`.
+
+    The paper decomposes once; `branch_iterations=100` adds SVDQuant's iterations, which is better.
+    """
 
     budget: float | None = 0.0
     recipe: Recipe = "balanced"
     smooth: Smooth = "search"
     rank: int = 128
     branch: Branch = "arhq"
+    branch_iterations: int = 0
 
 
 CONFIGS = (ARCConfig, NVFP4Config, SERQConfig, SVDQuantConfig, ARHQConfig)

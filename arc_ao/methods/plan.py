@@ -128,8 +128,8 @@ def analyse_group(
         )
 
     def error(prepared: Preparation) -> float:
-        analysis = _analyse(members, statistics, config, sample, prepared)
-        return _output_error(analysis, sample[:SEARCH_ROWS], config)
+        some = sample[:: -(-sample.shape[0] // SEARCH_ROWS)]
+        return _output_error(_analyse(members, statistics, config, some, prepared), some, config)
 
     prepared = prepare(weights, statistics, sample, config, error)
     return _analyse(members, statistics, config, sample, prepared)

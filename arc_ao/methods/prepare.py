@@ -17,12 +17,13 @@ from arc_ao.calibration.observer import InputStatistics, plain_error, sorted_ord
 from arc_ao.calibration.residual_gram import residual_gram
 from arc_ao.config import ARCConfig
 from arc_ao.formats import nvfp4
-from arc_ao.methods.lowrank import LowRank, arhq_branch, sketched_svd, svd_branch
+from arc_ao.methods.lowrank import LowRank, iterated, metric_root, sketched_svd, weighted_svd
 from arc_ao.methods.rotation import hadamard_signs, rotate
 from arc_ao.methods.scale_search import choose_scales
 from arc_ao.methods.smooth import flatten_scales, search_scales
 
 SEARCH_ROWS = 256  # of the sample, on which scales and branches are compared
+CHUNK_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def prepare(
         weights: [N, K] each.
         sample: rows [M, K] of the input, or None where config asks for neither search nor branch.
         config: resolved.
-        error: of the linears' output on the sample's first SEARCH_ROWS rows, everything on.
+        error: of the linears' output on SEARCH_ROWS rows of the sample, everything on.
     """
     rotation = hadamard_signs(config.rotation) if config.rotation else None
     if rotation is not None:
@@ -100,13 +101,13 @@ def _searched(
     config: ARCConfig,
     error: Callable[[Preparation], float],
 ) -> Preparation:
-    """Scales by the output error; with SVDQuant's branch (a sketch of it) inside, unless that is
-    to be found by one decomposition."""
+    """Scales by the output error; with a branch inside (a sketch of it) where it is iterated, as in
+    SVDQuant."""
     weight_amax = torch.stack([w.abs().amax(0) for w in weights]).amax(0).float()
 
     def with_scales(scales: Tensor) -> Preparation:
         candidate = replace(prepared, input_scale=1 / scales)
-        if config.rank and config.branch == "svd" and config.branch_iterations:
+        if config.rank and config.branch_iterations:
             branch = sketched_svd(_joined(candidate, weights), config.rank)
             candidate = replace(candidate, branches=_split(branch, weights, candidate))
         return candidate
@@ -128,18 +129,19 @@ def _branch(
     error: Callable[[Preparation], float],
 ) -> LowRank:
     """The branch of all members together, for the transformed input."""
-    joined = _joined(prepared, weights)
+    root = None
     if config.branch == "arhq":
-        residual = quantization_residual(prepared.transform_input(sample))
-        return arhq_branch(joined, config.rank, residual_gram(residual))
+        root = metric_root(residual_gram(quantization_residual(prepared.transform_input(sample))))
 
     def output_error(branch: LowRank) -> float:
         return error(replace(prepared, branches=_split(branch, weights, prepared)))
 
-    quantize = lambda weight: dequantized(weight, config)
-    iterations = config.branch_iterations
-    return svd_branch(
-        joined, config.rank, quantize=quantize, error=output_error, iterations=iterations
+    return iterated(
+        _joined(prepared, weights),
+        lambda matrix: weighted_svd(matrix, config.rank, root),
+        quantize=lambda weight: dequantized(weight, config),
+        error=output_error,
+        iterations=config.branch_iterations,
     )
 
 
@@ -200,5 +202,8 @@ def transformed_statistics(
     order = None
     if statistics.order is not None:
         order = statistics.order if config.smooth == "flatten" else sorted_order(amax)
-    error = torch.cat([plain_error(some, order).sum(0, True) for some in rows.split(1024)]).sum(0)
-    return InputStatistics(amax, mean_square, error / rows.shape[0], order)
+    error = torch.zeros_like(amax)
+    if config.has_residuals:  # what is chosen by it
+        for some in rows.split(CHUNK_ROWS):
+            error += plain_error(some, order).sum(0) / rows.shape[0]
+    return InputStatistics(amax, mean_square, error, order)
