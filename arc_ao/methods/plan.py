@@ -174,10 +174,17 @@ def _analyse(
     ranked = act_amax
     if statistics is not None and config.smooth == "flatten":
         ranked = in_order(saliency.amax, order)  # flattening made all channels alike
-    scores = _scores(members, weights, mean_square, mean_error, ranked)
+    energies = _output_energies(members, saliency) if prepared.branches else None
+    scores = _scores(members, weights, mean_square, mean_error, ranked, energies)
     return GroupAnalysis(
         members, order, amax, weights, scores, mean_square, mean_error, act_amax, prepared
     )
+
+
+def _output_energies(members: list[Member], statistics: InputStatistics) -> list[Tensor]:
+    """Energy of each linear's output per token, its low-rank branch included."""
+    squares = [member.module.weight.detach().float().square().sum(0) for member in members]
+    return [(statistics.mean_square * square).sum() for square in squares]
 
 
 def _prepared_amax(member: Member, prepared: Preparation, index: int) -> Tensor:
@@ -213,14 +220,19 @@ def _scores(
     mean_square: Tensor | None,
     mean_error: Tensor | None,
     act_amax: Tensor | None,
+    output_energies: list[Tensor] | None = None,
 ) -> GroupScores:
-    """Removed error per channel, summed over the members relative to their output energies."""
+    """Removed error per channel, summed over the members relative to their output energies, by
+    default those of the weights that were analysed."""
     zeros = torch.zeros_like(weights[0].column_energy)
     act_score, weight_score = zeros, zeros
     if mean_square is not None:
-        for weight in weights:
-            energy = weight.column_energy + weight.column_error
-            output_energy = (mean_square * energy).sum().clamp(min=torch.finfo(torch.float32).tiny)
+        for i, weight in enumerate(weights):
+            if output_energies is None:
+                energy = (mean_square * (weight.column_energy + weight.column_error)).sum()
+            else:
+                energy = output_energies[i]
+            output_energy = energy.clamp(min=torch.finfo(torch.float32).tiny)
             act_score = act_score + mean_error * weight.column_energy / output_energy
             weight_score = weight_score + mean_square * weight.column_error / output_energy
     return GroupScores(
