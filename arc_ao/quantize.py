@@ -322,7 +322,7 @@ class _QuantizedRepr:
 def _require_data(groups: list[tuple[ARCConfig, Any]], data: Iterable[Any] | None) -> None:
     if data is None and any(config.needs_calibration for config, _ in groups):
         raise ValueError(
-            "expected calibration_data for residual channels, found None; pass batches of input "
-            "ids (a few thousand tokens of typical text), or use ARCConfig(budget=0.0, "
-            "recipe='plain') for plain NVFP4"
+            "expected calibration_data for residual channels, channel scales or a low-rank branch, "
+            "found None; pass batches of input ids (a few thousand tokens of typical text), or use "
+            "NVFP4Config() for plain NVFP4"
         )
