@@ -28,7 +28,8 @@ class SERQConfig(ARCConfig):
     The default spends `budget` on the 16-channel blocks whose weight error costs most. As
     published, 128 channels a layer by saliency order (amax of the input, sorted at run time):
     `SERQConfig(num_weight_channels=128, selection="threshold", channel_order="amax")`. The paper
-    uses int4 and MXFP4; NVFP4 is an adaptation.
+    uses int4 and MXFP4; NVFP4 is an adaptation, and there flattening can cost more than it gains:
+    on the shipped model's linears -0.19 dB against plain, +0.30 dB with `smooth="none"`.
     """
 
     recipe: Recipe = "balanced"
