@@ -119,7 +119,10 @@ def mxfp4_row(problem: Problem, rotation: int) -> Row:
 
 def measure(problem: Problem, weight_scale: str) -> dict[str, Row]:
     """Every row on one problem."""
-    rows = {name: nvfp4_row(problem, config) for name, config in configs(weight_scale).items()}
+    rows = {}
+    for name, config in configs(weight_scale).items():
+        rows[name] = nvfp4_row(problem, config)
+        print(f"  {name}: {rows[name]['sqnr_db']:.2f} dB", file=sys.stderr, flush=True)
     return rows | {
         "MXFP4": mxfp4_row(problem, 0),
         "MXFP4, Hadamard 32": mxfp4_row(problem, 32),
