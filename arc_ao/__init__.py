@@ -1,8 +1,10 @@
 """arc_ao: NVFP4 (W4A4) quantization for PyTorch with augmented residual channels."""
 
 import arc_ao.quiet_import  # noqa: F401, I001  (before anything imports torchao)
+import arc_ao.tensor_ops  # noqa: F401  (registers them)
 from arc_ao.calibration.data import calibrate
 from arc_ao.config import ARCConfig
+from arc_ao.config_family import ARHQConfig, NVFP4Config, SERQConfig, SVDQuantConfig
 from arc_ao.env import env_report
 from arc_ao.eval.report import layer_report as report
 from arc_ao.integrations.huggingface import save_pretrained
@@ -18,7 +20,11 @@ from arc_ao.tensor import ARCTensor
 __all__ = [
     "ARCConfig",
     "ARCTensor",
+    "ARHQConfig",
+    "NVFP4Config",
     "QuantizationSummary",
+    "SERQConfig",
+    "SVDQuantConfig",
     "calibrate",
     "convert_arc",
     "disable_inductor_passes",

@@ -13,6 +13,8 @@ from arc_ao.formats.nvfp4 import BLOCK_SIZE
 ChannelOrder = Literal["none", "amax"]
 Granularity = Literal["block", "channel"]
 Selection = Literal["energy", "threshold"]
+Smooth = Literal["none", "flatten", "search"]
+Branch = Literal["svd", "arhq"]
 Recipe = Literal["auto", "balanced", "paper", "plain"]
 Step = Literal["prepare", "convert", "prepare_for_loading"]
 Activation = Literal["nvfp4", "bf16"]
@@ -48,6 +50,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "activation_scale": "token",
     },
 }
+SAMPLE_TOKENS = 2048  # input rows kept a layer where means over single channels do not suffice
 SEARCHED_FIELDS = ("channel_order", "granularity", "exchange_rate", "four_over_six")
 # What activation="bf16" leaves of the choices: only weights have residuals, in their own order.
 WEIGHT_ONLY: dict[str, Any] = {
@@ -56,6 +59,9 @@ WEIGHT_ONLY: dict[str, Any] = {
     "exchange_rate": "inf",
     "activation_scale": "none",
     "four_over_six": False,
+    "smooth": "none",
+    "rotation": 0,
+    "rank": 0,
 }
 CHOICES: dict[str, tuple[Any, ...]] = {
     "activation": ("nvfp4", "bf16"),
@@ -66,6 +72,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "weight_scale": ("amax", "mse", "four_over_six", None),
     "activation_scale": ("token", "tensor", "static", "none", None),
     "four_over_six": (True, False, None),
+    "smooth": ("none", "flatten", "search"),
+    "rotation": (0, 16, 32, 64, 128),
+    "branch": ("svd", "arhq"),
     "pad_in_features": (True, False),
     "step": ("prepare", "convert", "prepare_for_loading", None),
 }
@@ -98,6 +107,13 @@ class ARCConfig(AOBaseConfig):
         activation_scale: outer scale of activations: "token" (one per row), "tensor", "static"
             (calibrated constant). "none" belongs to activation="bf16" and follows from it.
         four_over_six: choose each activation block's scale between amax/6 and amax/4.
+        smooth: channel scales moved from inputs to weights: "none", "flatten" (SERQ: inputs to amax
+            1), "search" (SmoothQuant, AWQ: by the layer's output error).
+        rotation: size of a block Hadamard rotation, 0 for none (methods/rotation.py).
+        rank: of a 16-bit low-rank branch, 0 for none.
+        branch: how it is found: "svd" (SVDQuant) or "arhq".
+        branch_iterations: decompositions after the first that may be tried; 0 also leaves the
+            branch out of the search of channel scales.
         pad_in_features: pad in_features that are not a multiple of 16 instead of skipping the
             layer.
         activation: "nvfp4" quantizes activations (W4A4); "bf16" leaves them as they are (W4A16):
@@ -119,6 +135,11 @@ class ARCConfig(AOBaseConfig):
     weight_scale: Literal["amax", "mse", "four_over_six"] | None = None
     activation_scale: Literal["token", "tensor", "static", "none"] | None = None
     four_over_six: bool | None = None
+    smooth: Smooth = "none"
+    rotation: int = 0
+    rank: int = 0
+    branch: Branch = "svd"
+    branch_iterations: int = 100
     pad_in_features: bool = False
     activation: Activation = "nvfp4"
     step: Step | None = None
@@ -177,6 +198,10 @@ class ARCConfig(AOBaseConfig):
                 f"ARCConfig.budget is extra channels over in_features, expected 0 to 2 (0.06 is "
                 f"6 %), got {self.budget!r}"
             )
+        for field in ("rank", "branch_iterations"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"ARCConfig.{field} must be a number >= 0, got {value!r}")
         for field in ("num_act_channels", "num_weight_channels"):
             value = getattr(self, field)
             if value is None:
@@ -227,7 +252,13 @@ class ARCConfig(AOBaseConfig):
         """False where only weights matter: no residuals, nothing to measure, dynamic scales."""
         resolved = self.resolve()
         static = resolved.activation_scale == "static"
-        return self.has_residuals or static or resolved.channel_order == "amax"
+        is_sorted = resolved.channel_order == "amax"
+        return self.has_residuals or static or is_sorted or self.smooth != "none" or self.rank > 0
+
+    @property
+    def sample_tokens(self) -> int:
+        """Input rows that calibration keeps of every layer."""
+        return SAMPLE_TOKENS if self.rank or self.rotation or self.smooth != "none" else 0
 
     def resolve(self, **measured: Any) -> "ARCConfig":
         """Copy without None fields: `measured` values first, then the recipe's."""

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from arc_ao.config import ARCConfig
 from arc_ao.formats.nvfp4 import BLOCK_SIZE
+from arc_ao.methods.prepare import branch_dtype
 from arc_ao.summary import arc_tensors
 from arc_ao.tensor import ARCTensor
 
@@ -13,7 +14,8 @@ def empty_tensor(module: nn.Linear, config: ARCConfig) -> ARCTensor:
     """Zero ARCTensor of the shape that `config` describes, to copy a checkpoint into.
 
     `num_act_channels` and `num_weight_channels` count the residual channels; `granularity`,
-    `channel_order` and `activation_scale` say which optional tensors exist.
+    `channel_order`, `activation_scale`, `smooth`, `rotation` and `rank` say which optional tensors
+    exist.
 
     Raises:
         ValueError: a budget instead of numbers.
@@ -48,7 +50,24 @@ def empty_tensor(module: nn.Linear, config: ARCConfig) -> ARCTensor:
         channel_order=zeros(module.in_features) if is_sorted else None,
         act_channels=zeros(act) if by_channel else None,
         act_outer_scale=zeros(1, dtype=torch.float32) if is_static else None,
+        **_empty_preparation(module, config),
     )
+
+
+def _empty_preparation(module: nn.Linear, config: ARCConfig) -> dict[str, Tensor]:
+    """The tensors of an input transform and of a low-rank branch."""
+    new = {"device": module.weight.device}
+    size, dtype = config.rotation, branch_dtype(module.weight.dtype)
+    rank = min(config.rank, module.in_features)
+    found = {}
+    if config.smooth != "none":
+        found["input_scale"] = torch.zeros(module.in_features, **new)
+    if size:
+        found["rotation"] = torch.zeros(size, size, dtype=torch.int8, **new)
+    if rank:
+        found["down"] = torch.zeros(rank, module.in_features, dtype=dtype, **new)
+        found["up"] = torch.zeros(module.out_features, rank, dtype=dtype, **new)
+    return found
 
 
 def loading_config(tensor: ARCTensor) -> ARCConfig:
@@ -62,6 +81,9 @@ def loading_config(tensor: ARCTensor) -> ARCConfig:
         activation_scale=tensor.activation_scale,
         activation="nvfp4" if tensor.quantizes_input else "bf16",
         four_over_six=tensor.four_over_six,
+        smooth="none" if tensor.input_scale is None else "flatten",
+        rotation=0 if tensor.rotation is None else tensor.rotation.shape[0],
+        rank=tensor.rank,
         pad_in_features=tensor.in_features % BLOCK_SIZE > 0,
         step="prepare_for_loading",
     ).resolve()

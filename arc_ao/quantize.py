@@ -18,9 +18,10 @@ from torchao.quantization import quantize_ as torchao_quantize_
 from torchao.quantization import register_quantize_module_handler
 from tqdm import tqdm
 
-from arc_ao.calibration.data import Batch, calibrate, to_batches
+from arc_ao.calibration.data import Batch, calibrate, num_tokens, to_batches
 from arc_ao.calibration.session import CalibrationSession, Member, detach, observer_on
 from arc_ao.config import ARCConfig
+from arc_ao.config_family import CONFIGS
 from arc_ao.formats.nvfp4 import BLOCK_SIZE
 from arc_ao.integrations.huggingface import attach_quantizer
 from arc_ao.loading import empty_tensor
@@ -100,9 +101,11 @@ def _calibrate_and_resolve(
     resolved = {}
     for config, modules in groups:
         _apply(model, config.with_step("prepare"), modules)
-    if batches is not None:
-        calibrate(model, batches, progress=progress)
     sessions = [observer_on(next(iter(modules.values()))).session for _, modules in groups]
+    if batches is not None:
+        for session in sessions:
+            session.spread_samples(sum(num_tokens(batch) for batch in batches))
+        calibrate(model, batches, progress=progress)
     for session in sessions:
         session.observing = False  # a search for one config must not feed the others
     for (config, _), session in zip(groups, sessions, strict=True):
@@ -200,7 +203,6 @@ def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-@register_quantize_module_handler(ARCConfig)
 def _arc_transform(
     module: nn.Module, config: ARCConfig, *, parameter_name: str = "weight"
 ) -> nn.Module:
@@ -224,6 +226,10 @@ def _arc_transform(
     else:
         _quantize_uncalibrated(module, config)
     return module
+
+
+for _config in CONFIGS:
+    register_quantize_module_handler(_config)(_arc_transform)
 
 
 def _name_of(module: nn.Module) -> str:
@@ -314,7 +320,7 @@ class _QuantizedRepr:
 def _require_data(groups: list[tuple[ARCConfig, Any]], data: Iterable[Any] | None) -> None:
     if data is None and any(config.needs_calibration for config, _ in groups):
         raise ValueError(
-            "expected calibration_data for residual channels, found None; pass batches of input "
-            "ids (a few thousand tokens of typical text), or use ARCConfig(budget=0.0, "
-            "recipe='plain') for plain NVFP4"
+            "expected calibration_data for residual channels, channel scales or a low-rank branch, "
+            "found None; pass batches of input ids (a few thousand tokens of typical text), or use "
+            "NVFP4Config() for plain NVFP4"
         )

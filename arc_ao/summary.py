@@ -7,6 +7,7 @@ from torch import nn
 from torchao.core.config import config_to_dict
 
 from arc_ao.config import ARCConfig
+from arc_ao.cost import extra_cost
 from arc_ao.methods.recipe import Trial
 from arc_ao.tensor import ARCTensor
 
@@ -25,6 +26,8 @@ class QuantizationSummary:
         bytes_before, bytes_after: parameters and buffers of the whole model.
         extra_channels: augmented columns over in_features, weighted by out_features.
         bits_per_weight: stored bits over the weights of the quantized linears.
+        extra_multiply_adds: of residuals, low-rank branches and input transforms, over those of the
+            plain products (cost.py).
     """
 
     configs: list[dict[str, Any]]
@@ -35,6 +38,7 @@ class QuantizationSummary:
     bytes_after: int = 0
     extra_channels: float = 0.0
     bits_per_weight: float = 0.0
+    extra_multiply_adds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-serialisable dictionary."""
@@ -44,6 +48,7 @@ class QuantizationSummary:
         return (
             f"{len(self.layers)} linears quantized, {len(self.skipped)} left alone; "
             f"{self.extra_channels:.1%} extra channels, "
+            f"{self.extra_multiply_adds:.1%} extra multiply-adds, "
             f"{self.bits_per_weight:.2f} bits per weight; "
             f"{self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB"
         )
@@ -68,6 +73,7 @@ def summarize(
         extra_channels=sum(t.shape[0] * t.extra_channels for t in tensors.values())
         / max(1, weights),
         bits_per_weight=8 * sum(t.nbytes_stored for t in tensors.values()) / max(1, weights),
+        extra_multiply_adds=extra_cost(tensors.values()).multiply_adds,
     )
     setattr(model, SUMMARY, summary.to_dict())
     return summary
@@ -93,5 +99,6 @@ def _layer(tensor: ARCTensor) -> dict[str, Any]:
         "shape": list(tensor.shape),
         "act_channels": tensor.num_act_channels,
         "weight_channels": tensor.num_weight_channels,
+        "rank": tensor.rank,
         "bits_per_weight": tensor.bits_per_weight,
     }

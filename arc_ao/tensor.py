@@ -2,7 +2,8 @@
 
 Stored is B = [ Q(w) | Q'(w[:, act_channels]) | Q(w - Q(w))[:, weight_blocks] ]; the columns that
 meet activation residuals (`act_blocks`) are read from Q(w) again. `F.linear(x, arc_tensor, bias)`
-is `arc::quant_augment` followed by `arc::nvfp4_gemm`.
+is `arc::quant_augment` followed by `arc::nvfp4_gemm`. With an input transform both x and w are
+scaled and rotated before; with a low-rank branch, w is what `up down` leaves of the weight.
 """
 
 import hashlib
@@ -11,11 +12,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.utils import TorchAOBaseTensor
 
 from arc_ao.formats import nvfp4
-from arc_ao.ops import nvfp4_gemm, nvfp4_weight_only_gemm, quant_augment
+from arc_ao.methods.rotation import rotate
+from arc_ao.ops import (
+    nvfp4_gemm,
+    nvfp4_weight_only_gemm,
+    project_down,
+    quant_augment,
+    transform_input,
+)
 from arc_ao.ops.backends import preferred_layout
 from arc_ao.ops.layout import (
     LAYOUTS,
@@ -35,6 +42,8 @@ INPUT_TENSORS = (
     "act_channels",
     "act_outer_scale",
 )
+# What x goes through before it is quantized, and beside it; part of the same digest.
+TRANSFORM_TENSORS = ("input_scale", "rotation", "down")
 
 
 class ARCTensor(TorchAOBaseTensor):
@@ -48,6 +57,9 @@ class ARCTensor(TorchAOBaseTensor):
         channel_order: int32 [K] or None.
         act_channels: int32 [multiple of 16] or None.
         act_outer_scale: fp32 [1] or None, the calibrated outer scale of a static activation.
+        input_scale: fp32 [K] or None, powers of two that multiply x; the weight is divided by them.
+        rotation: int8 [h, h] or None, signs of a block Hadamard matrix (methods/rotation.py).
+        down, up: 16-bit [r, K] and [N, r] or None, the low-rank branch of the untransformed x.
 
     Attributes:
         in_features: K; base_blocks: ceil(K / 16).
@@ -70,7 +82,15 @@ class ARCTensor(TorchAOBaseTensor):
         "weight_layout",
         "input_plan",
     ]
-    optional_tensor_data_names = ["channel_order", "act_channels", "act_outer_scale"]
+    optional_tensor_data_names = [
+        "channel_order",
+        "act_channels",
+        "act_outer_scale",
+        "input_scale",
+        "rotation",
+        "down",
+        "up",
+    ]
 
     @staticmethod
     def __new__(
@@ -89,6 +109,10 @@ class ARCTensor(TorchAOBaseTensor):
         channel_order: Tensor | None = None,
         act_channels: Tensor | None = None,
         act_outer_scale: Tensor | None = None,
+        input_scale: Tensor | None = None,
+        rotation: Tensor | None = None,
+        down: Tensor | None = None,
+        up: Tensor | None = None,
     ) -> "ARCTensor":
         self = torch.Tensor._make_wrapper_subclass(
             cls,
@@ -111,6 +135,10 @@ class ARCTensor(TorchAOBaseTensor):
         self.channel_order = channel_order
         self.act_channels = act_channels
         self.act_outer_scale = act_outer_scale
+        self.input_scale = input_scale
+        self.rotation = rotation
+        self.down = down
+        self.up = up
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -138,6 +166,11 @@ class ARCTensor(TorchAOBaseTensor):
         return self.num_act_channels + self.num_weight_channels
 
     @property
+    def rank(self) -> int:
+        """Rank of the low-rank branch, 0 without one."""
+        return 0 if self.down is None else self.down.shape[0]
+
+    @property
     def nbytes_stored(self) -> int:
         """Bytes of all inner tensors."""
         names, _ = self.__tensor_flatten__()
@@ -157,6 +190,10 @@ class ARCTensor(TorchAOBaseTensor):
         for name in INPUT_TENSORS:
             if name in tensors:
                 digest.update(f"{name} {tensors[name].tolist()}".encode())
+        for name in TRANSFORM_TENSORS:
+            if name in tensors:
+                digest.update(name.encode())
+                digest.update(tensors[name].view(torch.uint8).cpu().numpy().tobytes())
         attributes = attributes | {"input_plan": digest.hexdigest()[:16]}
         return ARCTensor.__tensor_unflatten__(tensors, attributes, None, None)
 
@@ -202,7 +239,7 @@ class ARCTensor(TorchAOBaseTensor):
         return self.qdata, self.scale
 
     def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:
-        """Q(w) plus its stored residual, [N, K] in the original channel order."""
+        """Q(w) plus its stored residual and its low-rank branch, [N, K] for the original input."""
         plain = self.to_layout("plain")
         values = nvfp4.decode(plain.qdata, plain.scale) * self.outer_scale
         base = values[:, : self.base_blocks * nvfp4.BLOCK_SIZE].clone()
@@ -212,11 +249,19 @@ class ARCTensor(TorchAOBaseTensor):
         base = base[:, : self.in_features]
         if self.channel_order is not None:
             base = torch.empty_like(base).index_copy_(1, self.channel_order.long(), base)
+        if self.rotation is not None:
+            base = rotate(base, self.rotation)
+        if self.input_scale is not None:
+            base = base * self.input_scale
+        if self.down is not None:
+            base = base + self.up.float() @ self.down.float()
         return base.to(output_dtype or self.orig_dtype)
 
     def _quantization_type(self) -> str:
+        rank = f"rank={self.rank}, " if self.rank else ""
         return (
             f"act_channels={self.num_act_channels}, weight_channels={self.num_weight_channels}, "
+            f"{rank}"
             f"bits_per_weight={self.bits_per_weight:.2f}"
         )
 
@@ -267,6 +312,9 @@ def arc_linear(x: Tensor, weight: ARCTensor, bias: Tensor | None = None) -> Tens
             weight.weight_layout,
         )
         return y.reshape(*x.shape[:-1], weight.shape[0])
+    source = x
+    if weight.input_scale is not None or weight.rotation is not None:
+        x = transform_input(x, weight.input_scale, weight.rotation, weight.input_plan)
     a, a_scale, a_outer = quant_augment(
         x,
         weight.act_blocks,
@@ -292,124 +340,10 @@ def arc_linear(x: Tensor, weight: ARCTensor, bias: Tensor | None = None) -> Tens
         base_blocks=weight.base_blocks,
         b_layout=weight.weight_layout,
     )
+    if weight.down is not None:
+        hidden = project_down(source, weight.down, weight.input_plan)  # [M, r]
+        y = torch.addmm(y, hidden, weight.up.to(x.dtype).t()).to(x.dtype)  # autocast
     return y.reshape(*x.shape[:-1], weight.shape[0])
-
-
-def _rebuilt(weight: ARCTensor, fn, dtype: torch.dtype | None = None) -> ARCTensor:
-    """New ARCTensor whose inner tensors went through `fn`. `dtype` is what the weight stands for
-    (`orig_dtype`); the stored bytes do not depend on it."""
-    names, attributes = weight.__tensor_flatten__()
-    dtype = dtype or weight.orig_dtype
-    if not dtype.is_floating_point:
-        raise ValueError(f"ARCTensor stands for a floating point weight, cannot become {dtype}")
-    tensors = {name: fn(getattr(weight, name)) for name in names}
-    return ARCTensor.__tensor_unflatten__(tensors, attributes | {"orig_dtype": dtype}, None, None)
-
-
-def _with_rows(weight: ARCTensor, fn) -> ARCTensor:
-    """New plain ARCTensor whose per-row tensors went through `fn`; the rest is shared."""
-    weight = weight.to_layout("plain")
-    names, attributes = weight.__tensor_flatten__()
-    tensors = {name: getattr(weight, name) for name in names}
-    tensors |= {"qdata": fn(weight.qdata), "scale": fn(weight.scale)}
-    return ARCTensor.__tensor_unflatten__(tensors, attributes, None, None)
-
-
-@implements([aten.slice.Tensor])
-def _(func, types, args, kwargs):
-    weight, dim, start, end, step = (list(args) + [0, None, None, 1][len(args) - 1 :])[:5]
-    if dim % 2 == 1:
-        whole = (start in (None, 0)) and (end is None or end >= weight.in_features) and step == 1
-        if not whole:
-            raise ValueError(
-                f"ARCTensor: slicing in_features [{start}:{end}:{step}] of {weight.in_features} "
-                "would cut residual blocks and the channel order; slice rows, or quantize the shard"
-            )
-        return return_and_correct_aliasing(
-            func, args, kwargs or {}, _with_rows(weight, lambda t: t)
-        )
-    sliced = _with_rows(weight, lambda t: func(t, 0, start, end, step))
-    return return_and_correct_aliasing(func, args, kwargs or {}, sliced)
-
-
-@implements([aten.split.Tensor, aten.split_with_sizes.default])
-def _(func, types, args, kwargs):
-    weight, size = args[:2]
-    dim = args[2] if len(args) > 2 else (kwargs or {}).get("dim", 0)
-    if dim % 2 == 1:
-        raise ValueError("ARCTensor: split along in_features is not possible; split rows")
-    weight = weight.to_layout("plain")
-    parts = zip(func(weight.qdata, size, 0), func(weight.scale, size, 0), strict=True)
-    names, attributes = weight.__tensor_flatten__()
-    shared = {name: getattr(weight, name) for name in names}
-    return [
-        ARCTensor.__tensor_unflatten__(shared | {"qdata": q, "scale": s}, attributes, None, None)
-        for q, s in parts
-    ]
-
-
-@implements([aten.empty_like.default])
-def _(func, types, args, kwargs):
-    kwargs = kwargs or {}
-    plain = {k: v for k, v in kwargs.items() if k in ("device", "pin_memory")}
-    return _rebuilt(args[0], lambda t: func(t, **plain), kwargs.get("dtype"))
-
-
-@implements([aten._to_copy.default, aten.zeros_like.default])
-def _(func, types, args, kwargs):
-    """`.to(device)` moves the stored bytes; `.to(dtype)` keeps them and changes `orig_dtype`.
-    A zero weight keeps its block ids and its channel order. What moves to another kind of device
-    leaves its device's layout behind, and on a GPU takes that of its kernels; on the meta device it
-    keeps it."""
-    kwargs = kwargs or {}
-    plain = {k: v for k, v in kwargs.items() if k in ("device", "non_blocking")}
-    source, target = args[0], torch.device(kwargs.get("device") or args[0].device)
-    if target.type not in (source.device.type, "meta"):
-        source = source.to_layout(preferred_layout(target) if target.type == "cuda" else "plain")
-    copy = _rebuilt(source, lambda t: t.to(**plain, copy=True), kwargs.get("dtype"))
-    if func is aten.zeros_like.default:
-        return _fill(copy, 0)
-    return return_and_correct_aliasing(func, args, kwargs, copy)
-
-
-def _signature(weight: ARCTensor) -> tuple:
-    """What two weights must have in common for one to be copied into the other."""
-    names, attributes = weight.__tensor_flatten__()
-    attributes = {k: v for k, v in attributes.items() if k != "input_plan"}  # copied along
-    return attributes, {name: getattr(weight, name).shape for name in names}
-
-
-@implements([aten.copy_.default])
-def _(func, types, args, kwargs):
-    """Bytes of a weight that was quantized alike, into the layout that is here.
-
-    Raises:
-        ValueError: shapes, residual channels or settings that differ.
-    """
-    target, source = args[:2]
-    if isinstance(source, ARCTensor):
-        source = source.to_layout(target.weight_layout)
-    if not isinstance(source, ARCTensor) or _signature(target) != _signature(source):
-        raise ValueError(
-            f"copy_ into {target!r}: expected a weight quantized alike, got {source!r}"
-        )
-    for name in target.__tensor_flatten__()[0]:
-        getattr(target, name).copy_(getattr(source, name))
-    target.input_plan = source.input_plan
-    return target
-
-
-@implements([aten.fill_.Scalar])
-def _(func, types, args, kwargs):
-    return _fill(*args)
-
-
-def _fill(weight: ARCTensor, value: float) -> ARCTensor:
-    """Only zero can be filled in: loaders use it for padding rows."""
-    if value != 0:
-        raise ValueError(f"ARCTensor.fill_ takes 0 only, got {value}")
-    weight.qdata.zero_()
-    return weight
 
 
 torch.serialization.add_safe_globals([ARCTensor])

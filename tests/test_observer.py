@@ -12,6 +12,7 @@ from torch import nn
 from arc_ao import ARCConfig, ARCTensor, quantize_
 from arc_ao.calibration import observer as observer_module
 from arc_ao.calibration.observer import ARCObserver, sorted_order
+from arc_ao.calibration.residual_gram import InputSample
 from arc_ao.calibration.session import observer_on
 from arc_ao.formats import nvfp4
 
@@ -148,9 +149,12 @@ def test_changing_the_models_dtype_keeps_the_sums_exact():
 
 def _all_reduced(rank: int, port: int, x: torch.Tensor, path: str) -> None:
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    observer = observed(x[:3] if rank == 0 else x[3:])
+    mine = x[:3] if rank == 0 else x[3:]
+    observer = observed(mine)
+    observer.sample = InputSample(4)
+    observer.sample.add(mine)
     observer.all_reduce()
-    torch.save(observer.state_dict(), f"{path}/{rank}.pt")
+    torch.save((observer.state_dict(), observer.sample.rows()), f"{path}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -164,8 +168,10 @@ def test_two_processes_equal_one_on_the_union(tmp_path):
     mp.spawn(_all_reduced, args=(port, x, str(tmp_path)), nprocs=2)
     for rank in range(2):
         observer = ARCObserver(32)
-        observer.load_state_dict(torch.load(tmp_path / f"{rank}.pt"))
+        state, rows = torch.load(tmp_path / f"{rank}.pt")
+        observer.load_state_dict(state)
         assert_same_statistics(observer, observed(x))
+        assert torch.equal(rows, torch.cat((x[:2], x[3:5])))  # an even share of each
 
 
 def prepared_model(seed: int = 0) -> tuple[nn.Module, ARCConfig]:

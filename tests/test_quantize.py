@@ -193,9 +193,9 @@ def test_summary_counts_by_hand():
     stored = 32 * 40 + 32 * 5 + 12
     assert summary.bytes_before == 4 * (64 * 32 + 32 + 32 * 8)
     assert summary.bytes_after == model_bytes(model) == stored + 4 * (32 + 32 * 8)
-    assert summary.extra_channels == 0.5
+    assert summary.extra_channels == summary.extra_multiply_adds == 0.5
     assert summary.bits_per_weight == 8 * stored / (64 * 32)
-    expected = {"shape": [32, 64], "act_channels": 16, "weight_channels": 16}
+    expected = {"shape": [32, 64], "act_channels": 16, "weight_channels": 16, "rank": 0}
     assert summary.layers == {"0": expected | {"bits_per_weight": summary.bits_per_weight}}
     assert json.loads(json.dumps(summary.to_dict(), allow_nan=False)) == summary.to_dict()
     assert "1 linears quantized, 1 left alone; 50.0% extra channels" in str(summary)

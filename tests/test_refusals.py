@@ -104,7 +104,7 @@ def test_non_finite_weights_are_refused(value, config):
 @pytest.mark.parametrize(
     "data, match",
     [
-        (None, "expected calibration_data for residual channels, found None"),
+        (None, "expected calibration_data for residual channels, channel scales or a low"),
         ([], "calibration_data is empty"),
         (["a text"], "strings; pass tokenizer="),
     ],

@@ -66,6 +66,24 @@ def perturbed(model: LlamaForCausalLM, scale: float, seed: int = 1) -> LlamaForC
     return copy
 
 
+class NormedPair(nn.Module):
+    """Two linears behind one norm and one behind both: what shares, what fuses, and little else."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.gain = nn.Parameter(1 + torch.rand(64))
+            self.left, self.right = nn.Linear(64, 96), nn.Linear(64, 96, bias=False)
+            self.out = nn.Linear(96, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        normed = self.gain * (wide * inverse).to(x.dtype)
+        return self.out(self.left(normed).relu() + self.right(normed))
+
+
 class BigramModel(LlamaForCausalLM):
     """A model whose logits are a function of the last token alone: `table[token]`."""
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from arc_ao.calibration.residual_gram import InputSample
 from arc_ao.formats import nvfp4
 
 CHUNK_ELEMENTS = 1 << 18  # bounds the temporaries of one update
@@ -52,12 +53,18 @@ class ARCObserver(nn.Module):
         in_features: K.
         channel_orders: orders in which blocks may be formed, of "none" and "amax".
         name: fully qualified name of the layer, for messages.
+        sample_tokens: input rows to keep in `sample`, where `sample.add` is called.
     """
 
     def __init__(
-        self, in_features: int, channel_orders: Sequence[str] = ("none",), name: str = ""
+        self,
+        in_features: int,
+        channel_orders: Sequence[str] = ("none",),
+        name: str = "",
+        sample_tokens: int = 0,
     ) -> None:
         super().__init__()
+        self.sample = InputSample(sample_tokens)
         self.channel_orders = tuple(channel_orders)
         self.name = name
         self.register_buffer("amax", torch.zeros(in_features, dtype=torch.float32))
@@ -112,17 +119,20 @@ class ARCObserver(nn.Module):
         self.square_sum += other.square_sum
         self.error_sum += other.error_sum
         self.count += other.count
+        self.sample.merge(other.sample)
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
         """Merge over the processes of `group`: amax by maximum, sums by addition."""
         dist.all_reduce(self.amax, op=dist.ReduceOp.MAX, group=group)
         for total in (self.square_sum, self.error_sum, self.count):
             dist.all_reduce(total, op=dist.ReduceOp.SUM, group=group)
+        self.sample.all_gather(group)
 
     def reset(self) -> None:
         """Forget everything."""
         for buffer in self.buffers():
             buffer.zero_()
+        self.sample.clear()
 
     def statistics(self, channel_order: str = "none") -> InputStatistics:
         """What was observed, for blocks formed in `channel_order`.

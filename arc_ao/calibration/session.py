@@ -9,6 +9,7 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from arc_ao.calibration.observer import ARCObserver
@@ -40,7 +41,9 @@ class CalibrationSession:
     def attach(self, name: str, module: nn.Linear) -> None:
         """Start observing `module`."""
         name = self._unique(name)
-        observer = ARCObserver(module.in_features, self._channel_orders(), name)
+        observer = ARCObserver(
+            module.in_features, self._channel_orders(), name, self.config.sample_tokens
+        )
         observer.session = self
         observer.to(module.weight.device)
         observer.hook = module.register_forward_pre_hook(_observe_input, with_kwargs=True)
@@ -55,6 +58,7 @@ class CalibrationSession:
         if increment is None or not observer.fits(increment):
             increment = observer.measure(x)
             self.shared.add(x, increment)
+            observer.sample.add(x)  # by whoever measures it: once for all that share it
         observer.add(increment)
 
     def groups(self) -> list[list[Member]]:
@@ -69,6 +73,17 @@ class CalibrationSession:
     def observer_of(self, group: list[Member]) -> ARCObserver:
         """The observer that speaks for a group."""
         return observer_on(group[0].module)
+
+    def spread_samples(self, tokens: int) -> None:
+        """Before calibrating: let the rows that are kept be of all of so many tokens."""
+        for member in self.members:
+            observer_on(member.module).sample.spread_over(tokens)
+
+    def sample_of(self, group: list[Member]) -> Tensor | None:
+        """Rows [M, K] that were kept of the input of a group."""
+        found = [observer_on(member.module).sample.rows() for member in group]
+        rows = [r for r in found if r is not None]
+        return torch.cat(rows) if rows else None
 
     def detach(self) -> None:
         """Remove every observer and hook."""

@@ -36,7 +36,7 @@ from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
 from arc_ao.loading import loading_config, pack_weights_
 from arc_ao.summary import SUMMARY, arc_tensors
-from arc_ao.tensor import ARCTensor
+from arc_ao.tensor import TRANSFORM_TENSORS, ARCTensor
 
 METHOD = "arc_ao"
 HINT = "run `import arc_ao` before from_pretrained; otherwise these weights are skipped"
@@ -87,8 +87,18 @@ class ArcHfQuantizer(TorchAoHfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict, dict]:
         """What a checkpoint holds: weights in the plain layout, taken apart for safetensors."""
         state = model.state_dict()
-        plain = {k: v.to_layout("plain") for k, v in state.items() if isinstance(v, ARCTensor)}
+        plain = {k: unshared(v) for k, v in state.items() if isinstance(v, ARCTensor)}
         return flatten_tensor_state_dict(state | plain)
+
+
+def unshared(tensor: ARCTensor) -> ARCTensor:
+    """The same weight in the plain layout, with tensors that no other weight shares: safetensors
+    keeps one name of a storage, and q, k and v share the first half of their low-rank branch."""
+    plain = tensor.to_layout("plain")
+    names, attributes = plain.__tensor_flatten__()
+    tensors = {name: getattr(plain, name) for name in names}
+    tensors |= {name: tensors[name].clone() for name in TRANSFORM_TENSORS if name in tensors}
+    return ARCTensor.__tensor_unflatten__(tensors, attributes, None, None)
 
 
 def _deserializes(conversion: Any) -> bool:

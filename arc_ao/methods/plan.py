@@ -11,8 +11,16 @@ from arc_ao.calibration.session import CalibrationSession, Member
 from arc_ao.config import ARCConfig
 from arc_ao.formats import nvfp4
 from arc_ao.memory import release_memory
+from arc_ao.methods.prepare import SEARCH_ROWS, Preparation, prepare, transformed_statistics
 from arc_ao.methods.select import GroupScores, Selected, select
-from arc_ao.methods.weights import LayerPlan, WeightAnalysis, analyse_weight, in_order
+from arc_ao.methods.weights import (
+    CHUNK_ELEMENTS,
+    LayerPlan,
+    WeightAnalysis,
+    analyse_weight,
+    in_order,
+    quantize_weight,
+)
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,8 @@ class GroupAnalysis:
     scores: GroupScores
     mean_square: Tensor | None  # fp32 [K16] in plan order
     mean_error: Tensor | None
-    act_amax: Tensor | None  # fp32 [1], of the calibrated input
+    act_amax: Tensor | None  # fp32 [K16], of the calibrated input
+    prepared: Preparation
 
 
 def analyse_session(
@@ -42,11 +51,17 @@ def analyse_session(
     """
     groups = session.groups()
     seen = [int(session.observer_of(group).count) for group in groups]
-    key = (config.channel_order, config.weight_scale, seen)
+    searched = config if config.smooth == "search" or config.rank else None  # by everything in it
+    key = (config.channel_order, config.weight_scale, searched, seen)
     if session.analyses is None or session.analyses[0] != key:
         session.analyses = None  # freed before the next is made
         bar = tqdm(groups, desc="analyse weights", disable=not progress, leave=False)
-        made = [analyse_group(group, _statistics(session, group, config), config) for group in bar]
+        made = [
+            analyse_group(
+                group, _statistics(session, group, config), config, session.sample_of(group)
+            )
+            for group in bar
+        ]
         session.analyses = (key, made)
         release_memory()
     return session.analyses[1]
@@ -56,9 +71,9 @@ def make_plans(analyses: list[GroupAnalysis], config: ARCConfig) -> dict[str, La
     """Plan of every linear, by name, under a resolved config."""
     selected = select([analysis.scores for analysis in analyses], config)
     return {
-        member.name: _plan(analysis, weight, choice, config)
+        member.name: _plan(analysis, index, choice, config)
         for analysis, choice in zip(analyses, selected, strict=True)
-        for member, weight in zip(analysis.members, analysis.weights, strict=True)
+        for index, member in enumerate(analysis.members)
     }
 
 
@@ -89,10 +104,61 @@ def weight_amax(member: Member) -> Tensor:
 
 @torch.no_grad()
 def analyse_group(
-    members: list[Member], statistics: InputStatistics | None, config: ARCConfig
+    members: list[Member],
+    statistics: InputStatistics | None,
+    config: ARCConfig,
+    sample: Tensor | None = None,
 ) -> GroupAnalysis:
-    """Analyse the linears that read one input; without statistics only their weights matter."""
-    amax = torch.stack([weight_amax(member) for member in members]).amax()
+    """Analyse the linears that read one input; without statistics only their weights matter.
+
+    Args:
+        sample: rows [M, K] of the input, where config.sample_tokens asks for them.
+
+    Raises:
+        ValueError: statistics without such rows, or in_features that no rotation fits, naming the
+            layer.
+    """
+    weights = [member.module.weight for member in members]
+    for member in members:
+        check_rotation(member, config)
+    if config.sample_tokens and statistics is not None and sample is None:
+        raise ValueError(
+            f"{members[0].name}: expected rows of the input for smooth, rotation or rank, found "
+            "statistics alone (a state_dict does not carry rows); run calibration data again"
+        )
+
+    def error(prepared: Preparation) -> float:
+        some = sample[:: -(-sample.shape[0] // SEARCH_ROWS)]
+        return _output_error(_analyse(members, statistics, config, some, prepared), some, config)
+
+    prepared = prepare(weights, statistics, sample, config, error)
+    return _analyse(members, statistics, config, sample, prepared)
+
+
+def check_rotation(member: Member, config: ARCConfig) -> None:
+    """Refuse a rotation that does not fit a layer.
+
+    Raises:
+        ValueError: in_features that are no multiple of it, naming the layer.
+    """
+    if config.rotation and member.module.in_features % config.rotation:
+        raise ValueError(
+            f"{member.name}: expected in_features to be a multiple of rotation={config.rotation}, "
+            f"found {member.module.in_features}; take a smaller rotation or exclude the layer"
+        )
+
+
+def _analyse(
+    members: list[Member],
+    statistics: InputStatistics | None,
+    config: ARCConfig,
+    sample: Tensor | None,
+    prepared: Preparation,
+) -> GroupAnalysis:
+    """Analyse what is left of the weights after a preparation."""
+    amax = torch.stack([_prepared_amax(m, prepared, i) for i, m in enumerate(members)]).amax()
+    saliency = statistics
+    statistics = transformed_statistics(statistics, sample, prepared, config)
     order = mean_square = mean_error = act_amax = None
     if statistics is not None:
         order = statistics.order
@@ -100,10 +166,52 @@ def analyse_group(
         mean_error = in_order(statistics.mean_error, order)
         act_amax = in_order(statistics.amax, order)
     weights = [
-        analyse_weight(member.module.weight, amax, config, order, mean_square) for member in members
+        analyse_weight(
+            member.module.weight, amax, config, order, mean_square, prepared.of_member(index)
+        )
+        for index, member in enumerate(members)
     ]
-    scores = _scores(members, weights, mean_square, mean_error, act_amax)
-    return GroupAnalysis(members, order, amax, weights, scores, mean_square, mean_error, act_amax)
+    ranked = act_amax
+    if statistics is not None and config.smooth == "flatten":
+        ranked = in_order(saliency.amax, order)  # flattening made all channels alike
+    energies = _output_energies(members, saliency) if prepared.branches else None
+    scores = _scores(members, weights, mean_square, mean_error, ranked, energies)
+    return GroupAnalysis(
+        members, order, amax, weights, scores, mean_square, mean_error, act_amax, prepared
+    )
+
+
+def _output_energies(members: list[Member], statistics: InputStatistics) -> list[Tensor]:
+    """Energy of each linear's output per token, its low-rank branch included."""
+    squares = [member.module.weight.detach().float().square().sum(0) for member in members]
+    return [(statistics.mean_square * square).sum() for square in squares]
+
+
+def _prepared_amax(member: Member, prepared: Preparation, index: int) -> Tensor:
+    """Largest magnitude (fp32 []) of what a preparation leaves of a weight."""
+    amax = weight_amax(member)  # refuses NaN and Inf
+    if prepared.is_trivial:
+        return amax
+    weight = member.module.weight.detach()
+    chunks = nvfp4.row_chunks(weight, CHUNK_ELEMENTS)
+    return torch.stack(
+        [prepared.residual(weight, rows, index).abs().amax() for rows in chunks]
+    ).amax()
+
+
+def _output_error(analysis: GroupAnalysis, x: Tensor, config: ARCConfig) -> float:
+    """Squared error of the linears' outputs on x, each relative to its output's energy, as if the
+    budget were this group's alone."""
+    plans = make_plans([analysis], config)
+    total = 0.0
+    for member in analysis.members:
+        weight = member.module.weight.detach()
+        exact = x.float() @ weight.float().t()
+        quantized = quantize_weight(weight, plans[member.name])
+        difference = torch.nn.functional.linear(x.to(weight.dtype), quantized).float() - exact
+        energy = exact.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
+        total += (difference.square().sum() / energy).item()
+    return total
 
 
 def _scores(
@@ -112,14 +220,19 @@ def _scores(
     mean_square: Tensor | None,
     mean_error: Tensor | None,
     act_amax: Tensor | None,
+    output_energies: list[Tensor] | None = None,
 ) -> GroupScores:
-    """Removed error per channel, summed over the members relative to their output energies."""
+    """Removed error per channel, summed over the members relative to their output energies, by
+    default those of the weights that were analysed."""
     zeros = torch.zeros_like(weights[0].column_energy)
     act_score, weight_score = zeros, zeros
     if mean_square is not None:
-        for weight in weights:
-            energy = weight.column_energy + weight.column_error
-            output_energy = (mean_square * energy).sum().clamp(min=torch.finfo(torch.float32).tiny)
+        for i, weight in enumerate(weights):
+            if output_energies is None:
+                energy = (mean_square * (weight.column_energy + weight.column_error)).sum()
+            else:
+                energy = output_energies[i]
+            output_energy = energy.clamp(min=torch.finfo(torch.float32).tiny)
             act_score = act_score + mean_error * weight.column_energy / output_energy
             weight_score = weight_score + mean_square * weight.column_error / output_energy
     return GroupScores(
@@ -132,9 +245,8 @@ def _scores(
     )
 
 
-def _plan(
-    analysis: GroupAnalysis, weight: WeightAnalysis, selected: Selected, config: ARCConfig
-) -> LayerPlan:
+def _plan(analysis: GroupAnalysis, index: int, selected: Selected, config: ARCConfig) -> LayerPlan:
+    weight = analysis.weights[index]
     device = weight.scale.device
 
     def ids(values: list[int]) -> Tensor:
@@ -154,4 +266,5 @@ def _plan(
         act_outer_scale=act_outer_scale,
         mean_square=analysis.mean_square,
         mean_error=analysis.mean_error,
+        prepared=analysis.prepared.of_member(index),
     )

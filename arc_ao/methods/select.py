@@ -141,7 +141,9 @@ def _explicit(index: int, group: GroupScores, config: ARCConfig) -> list[Candida
         "act": _block_amax(group)
         if config.selection == "threshold"
         else _act_blocks(group, config),
-        "weight": _block_sums(group.weight_score),
+        "weight": _block_amax(group)
+        if config.selection == "threshold"
+        else _block_sums(group.weight_score),
     }
     return [
         candidate

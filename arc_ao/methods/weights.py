@@ -7,6 +7,7 @@ from torch import Tensor
 
 from arc_ao.config import ARCConfig
 from arc_ao.formats import nvfp4
+from arc_ao.methods.prepare import UNTOUCHED, Preparation
 from arc_ao.methods.scale_search import choose_scales
 from arc_ao.tensor import ARCTensor
 
@@ -36,6 +37,7 @@ class LayerPlan:
     act_outer_scale: Tensor | None = None  # fp32 [1]
     mean_square: Tensor | None = None  # fp32 [K16], importance of weight errors
     mean_error: Tensor | None = None  # fp32 [K16], importance of errors in copied columns
+    prepared: Preparation = UNTOUCHED
 
 
 def _num_blocks(weight: Tensor) -> int:
@@ -54,6 +56,7 @@ def analyse_weight(
     config: ARCConfig,
     order: Tensor | None = None,
     mean_square: Tensor | None = None,
+    prepared: Preparation = UNTOUCHED,
 ) -> WeightAnalysis:
     """Choose the block scales of weight [N, K] and measure the error they leave.
 
@@ -62,6 +65,7 @@ def analyse_weight(
         config: resolved; `weight_scale` is the method.
         order: int32 [K] or None.
         mean_square: fp32 [K16] in plan order, E[x^2] of the calibration data, or None.
+        prepared: what the weight goes through first.
     """
     inverse = nvfp4.inverse_outer_scale(amax)
     outer = nvfp4.outer_scale(amax)
@@ -69,7 +73,7 @@ def analyse_weight(
     scales = weight.new_empty((weight.shape[0], _num_blocks(weight)), dtype=torch.uint8)
     energy, error = 0.0, 0.0
     for rows in nvfp4.row_chunks(weight, CHUNK_ELEMENTS):
-        blocks = nvfp4.to_blocks(in_order(weight[rows].float(), order) * inverse)
+        blocks = nvfp4.to_blocks(in_order(prepared.residual(weight, rows), order) * inverse)
         scale = choose_scales(blocks, config.weight_scale, importance)
         values = nvfp4.decode_blocks(nvfp4.encode_blocks(blocks, scale), scale)
         energy = energy + (values.flatten(1) * outer).square_().sum(0)
@@ -86,10 +90,12 @@ def quantize_weight(weight: Tensor, plan: LayerPlan) -> ARCTensor:
     qdata = weight.new_empty((weight.shape[0], stored * nvfp4.BLOCK_SIZE // 2), dtype=torch.uint8)
     scales = weight.new_empty((weight.shape[0], stored), dtype=torch.uint8)
     for rows in nvfp4.row_chunks(weight, CHUNK_ELEMENTS):
-        ordered = in_order(weight[rows].float(), plan.channel_order) * inverse  # [n, K16]
+        residual = plan.prepared.residual(weight, rows)
+        ordered = in_order(residual, plan.channel_order) * inverse  # [n, K16]
         parts = _stored_parts(ordered, plan.scale[rows], plan)
         qdata[rows] = nvfp4.pack(torch.cat([c.flatten(1) for c, _ in parts], dim=1))
         scales[rows] = nvfp4.encode_e4m3(torch.cat([s for _, s in parts], dim=1))
+    branch = plan.prepared.branches[0] if plan.prepared.branches else None
     return ARCTensor(
         qdata,
         scales,
@@ -103,6 +109,10 @@ def quantize_weight(weight: Tensor, plan: LayerPlan) -> ARCTensor:
         channel_order=plan.channel_order,
         act_channels=plan.act_channels,
         act_outer_scale=plan.act_outer_scale,
+        input_scale=plan.prepared.input_scale,
+        rotation=plan.prepared.rotation,
+        down=None if branch is None else branch.down,
+        up=None if branch is None else branch.up,
     ).with_input_plan()
 
 

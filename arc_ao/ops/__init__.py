@@ -1,6 +1,7 @@
 """Registered operators `arc::*`: one file each with its eager meaning and its fake."""
 
 from arc_ao.ops.backends import OPERATORS, backend_report
+from arc_ao.ops.input_transform import project_down, transform_input
 from arc_ao.ops.nvfp4_gemm import nvfp4_gemm
 from arc_ao.ops.nvfp4_weight_only_gemm import nvfp4_weight_only_gemm
 from arc_ao.ops.producers import (
@@ -18,7 +19,9 @@ __all__ = [
     "gelu_quant_augment",
     "nvfp4_gemm",
     "nvfp4_weight_only_gemm",
+    "project_down",
     "quant_augment",
     "rms_norm_quant_augment",
     "silu_mul_quant_augment",
+    "transform_input",
 ]

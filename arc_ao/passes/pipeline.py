@@ -9,10 +9,18 @@ from arc_ao.passes.fold_query_groups import fold_query_groups
 from arc_ao.passes.fuse_gelu import fuse_gelu
 from arc_ao.passes.fuse_rms_norm import fuse_rms_norm
 from arc_ao.passes.fuse_silu_mul import fuse_silu_mul
+from arc_ao.passes.lower_transforms import fold_input_scale, lower_transforms
 from arc_ao.passes.share_quantize import share_quantize
 
-# Sharing comes first: a norm is fused only where one quantization is all that reads it.
-PASSES: tuple[Callable[[Graph], int], ...] = (share_quantize, fuse_rms_norm, fuse_silu_mul)
+# Sharing comes first: a norm is fused only where one quantization is all that reads it. Scales go
+# into a norm before the norm is looked for.
+PASSES: tuple[Callable[[Graph], int], ...] = (
+    share_quantize,
+    fold_input_scale,
+    lower_transforms,
+    fuse_rms_norm,
+    fuse_silu_mul,
+)
 # Round differently in the last bits: not where Inductor is told to keep those of eager execution.
 ROUNDING_PASSES: tuple[Callable[[Graph], int], ...] = (fuse_gelu, fold_query_groups)
 

@@ -52,9 +52,11 @@ class GraphObserver(ObserverBase):
     def forward(self, x: Tensor) -> Tensor:
         if self.statistics is None:
             orders = (self.config.channel_order,)
-            self.statistics = ARCObserver(x.shape[-1], orders, "graph input").to(x.device)
+            tokens = self.config.sample_tokens
+            self.statistics = ARCObserver(x.shape[-1], orders, "graph input", tokens).to(x.device)
         if x.numel():
             self.statistics.observe(x)
+            self.statistics.sample.add(x)
         return x
 
     def calculate_qparams(self, **kwargs: Any) -> None:
@@ -193,7 +195,8 @@ def _plan_graph(gm: GraphModule, config: ARCConfig) -> None:
         observer.statistics.name = names[0]
         members = [Member(linear.name, linear.as_module(gm)) for linear in linears]
         statistics = observer.statistics.statistics(config.channel_order)
-        analyses.append(analyse_group(members, statistics, config))
+        sample = observer.statistics.sample.rows()
+        analyses.append(analyse_group(members, statistics, config, sample))
         observers.append(observer)
     plans = make_plans(analyses, config)
     for observer in observers:

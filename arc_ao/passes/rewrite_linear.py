@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 from arc_ao.ops.layout import scale_layout_for
 from arc_ao.passes.graph_linears import GraphLinear, register, remove_attribute
 from arc_ao.passes.nodes import aten, meta_of, value
-from arc_ao.tensor import INPUT_TENSORS, ARCTensor
+from arc_ao.tensor import INPUT_TENSORS, TRANSFORM_TENSORS, ARCTensor
 
 arc = torch.ops.arc
 
@@ -22,15 +22,17 @@ def rewrite_linears(
 ) -> None:
     """Replace the linears that read `observer_node`, and the observer by its input."""
     x = observer_node.args[0]
-    first = tensors[linears[0].name]
+    first, hidden = tensors[linears[0].name], None
     if first.quantizes_input:
         with gm.graph.inserting_before(observer_node):
             quantized, ids = _quantize(gm, x, linears[0].name, first)
+            hidden = _project_down(gm, x, ids["down"], first)
     for linear in linears:
         tensor = tensors[linear.name]
         with gm.graph.inserting_before(linear.node):
             if tensor.quantizes_input:
                 y = _multiply(gm, quantized, linear, tensor, ids, value(linear.node))
+                y = _add_branch(gm, y, hidden, linear, tensor)
             else:
                 y = _multiply_as_is(gm, x, linear, tensor)
             shaped = _shaped_like(gm, y, x, linear.node)
@@ -57,13 +59,16 @@ def _erase_unread(gm: GraphModule, weight: Node) -> None:
 def _quantize(
     gm: GraphModule, x: Node, name: str, tensor: ARCTensor
 ) -> tuple[tuple[Node, ...], dict[str, Node | None]]:
-    """The three results of quantizing x, and the nodes of the ids it was quantized with."""
+    """The three results of quantizing x, and the nodes of what was done to it."""
     ids = {
         inner: None
         if getattr(tensor, inner) is None
         else register(gm, f"{name}_{inner}", getattr(tensor, inner))
-        for inner in INPUT_TENSORS
+        for inner in (*INPUT_TENSORS, *TRANSFORM_TENSORS)
     }
+    if tensor.input_scale is not None or tensor.rotation is not None:
+        transform = (x, ids["input_scale"], ids["rotation"], tensor.input_plan)
+        x = gm.graph.call_function(arc.transform_input.default, transform)
     call = gm.graph.call_function(
         arc.quant_augment.default,
         (
@@ -80,6 +85,24 @@ def _quantize(
         ),
     )
     return tuple(gm.graph.call_function(operator.getitem, (call, i)) for i in range(3)), ids
+
+
+def _project_down(gm: GraphModule, x: Node, down: Node | None, tensor: ARCTensor) -> Node | None:
+    """First half of the low-rank branch, once for all linears behind x."""
+    if down is None:
+        return None
+    return gm.graph.call_function(arc.project_down.default, (x, down, tensor.input_plan))
+
+
+def _add_branch(
+    gm: GraphModule, y: Node, hidden: Node | None, linear: GraphLinear, tensor: ARCTensor
+) -> Node:
+    """y and the second half of the low-rank branch."""
+    if hidden is None:
+        return y
+    up = register(gm, f"{linear.name}_up", tensor.up.to(value(linear.node).dtype))
+    transposed = gm.graph.call_function(aten.permute.default, (up, [1, 0]))
+    return gm.graph.call_function(aten.addmm.default, (y, hidden, transposed))
 
 
 def _multiply(

@@ -3,7 +3,8 @@
 Calls of `arc::quant_augment` on one tensor are equal if their block ids, scales and settings are.
 Those tensors are inputs of the graph, whose values a pass does not see: equal digests (`plan`)
 stand for equal values, and a call without one is compared by its nodes. The layout of the scales is
-the weight's matter and not part of the digest.
+the weight's matter and not part of the digest. The same holds for what x goes through before
+(`arc::transform_input`) and beside it (`arc::project_down`).
 """
 
 from typing import Any
@@ -13,14 +14,15 @@ from torch.fx import Graph, Node
 
 from arc_ao.passes.nodes import bound, calls
 
-quant_augment = torch.ops.arc.quant_augment.default
+arc = torch.ops.arc
+SHARED = (arc.quant_augment.default, arc.transform_input.default, arc.project_down.default)
 
 
 def share_quantize(graph: Graph) -> int:
-    """Let equal quantizations of one tensor be one; how many calls went."""
+    """Let equal calls on one tensor be one; how many went."""
     seen: dict[Any, Node] = {}
     shared = 0
-    for node in calls(graph, quant_augment):
+    for node in calls(graph, *SHARED):
         first = seen.setdefault(_key(node), node)
         if first is not node:
             node.replace_all_uses_with(first)
@@ -32,4 +34,5 @@ def share_quantize(graph: Graph) -> int:
 def _key(node: Node) -> Any:
     arguments = bound(node)
     x, plan = arguments.pop("x"), arguments.pop("plan")
-    return (x, plan, arguments["scale_layout"]) if plan else (x, *arguments.values())
+    layout = arguments.get("scale_layout")
+    return (node.target, x, plan, layout) if plan else (node.target, x, *arguments.values())

@@ -1,0 +1,276 @@
+"""The family of W4A4 methods on single linears: output SQNR, and what each one costs.
+
+    python benchmarks/layer_methods.py --imatrix Qwen3-4B.imatrix.dat --shipped --check
+    python benchmarks/layer_methods.py --encoder minilm --text wiki.test.tokens
+
+All methods share one NVFP4 quantizer (1x16 weight blocks, one outer scale a token), one choice of
+block scales (--weight-scale) and the same draws; SQNR is in dB over evaluation tokens. Problems are
+CONSTRUCTED from the channel profiles of importance matrices, or the real linears of a model on a
+text (layer_problems.py). Every linear is a model of its own, so each has the budget of its row.
+"one SVD" is a single decomposition after the scales that ARHQ has: the SVDQuant that the ARHQ paper
+compares to. SVDQuant itself iterates, with the branch in its search of scales, and is stronger;
+"ARHQ, iterated" does the same with ARHQ's decomposition.
+Costs count what is added to plain NVFP4 (arc_ao/cost.py) at the shape measured; the low-rank ones
+fall with out_features. MXFP4 rows are the format alone, without kernels.
+
+--check tests the relations that the papers claim. The last line of stdout is one JSON document.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accuracy import model_directory, run_header, select_lines, tokenize
+from imatrix import read_imatrix
+from layer_problems import BERT_KINDS, LLAMA_KINDS, Problem, constructed, of_model
+from layer_sqnr import KINDS, sqnr_db
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from arc_ao import (
+    ARCConfig,
+    ARHQConfig,
+    NVFP4Config,
+    SERQConfig,
+    SVDQuantConfig,
+    quantize_,
+)
+from arc_ao.calibration.data import text_batches
+from arc_ao.cost import PLAIN_BITS, extra_cost
+from arc_ao.formats import mxfp4
+from arc_ao.methods.rotation import hadamard_signs, rotate
+from arc_ao.shipped import CALIBRATION_TEXT, HELDOUT_TEXT, MODEL
+
+MXFP4_BITS = 4.25
+BUDGET = 0.1
+TIE_DB = 0.05  # "not worse" allows for this
+Row = dict[str, Any]
+
+
+def configs(weight_scale: str) -> dict[str, ARCConfig]:
+    """Config of every NVFP4 row. ours: the default, which chooses its own block scales."""
+    ws = {"weight_scale": weight_scale}
+    fixed = ws | {"recipe": "balanced", "budget": BUDGET}
+    return {
+        "plain": NVFP4Config(**ws),
+        "SERQ 10 %": SERQConfig(budget=BUDGET, **ws),
+        "SERQ 10 %, not flattened": SERQConfig(budget=BUDGET, smooth="none", **ws),
+        "ARC 10 %": ARCConfig(exchange_rate=0.0, **fixed),
+        "smoothing + ARC 10 %": ARCConfig(exchange_rate=0.0, smooth="search", **fixed),
+        "both residuals 10 %": ARCConfig(**fixed),
+        "ours 10 %": ARCConfig(budget=BUDGET),
+        "smoothing": ARCConfig(budget=0.0, recipe="balanced", smooth="search", **ws),
+        "SVDQuant r32": SVDQuantConfig(rank=32, **ws),
+        "SVDQuant r128": SVDQuantConfig(rank=128, **ws),
+        "one SVD r32": SVDQuantConfig(rank=32, branch_iterations=0, **ws),
+        "one SVD r128": SVDQuantConfig(rank=128, branch_iterations=0, **ws),
+        "ARHQ r32": ARHQConfig(rank=32, **ws),
+        "ARHQ r128": ARHQConfig(rank=128, **ws),
+        "ARHQ r32, iterated": ARHQConfig(rank=32, branch_iterations=100, **ws),
+        "ARHQ r128, iterated": ARHQConfig(rank=128, branch_iterations=100, **ws),
+        "one SVD r128, raw": SVDQuantConfig(rank=128, branch_iterations=0, smooth="none", **ws),
+        "ARHQ r128, raw": ARHQConfig(rank=128, smooth="none", **ws),
+        "Hadamard 16": NVFP4Config(rotation=16, **ws),
+        "Hadamard 128": NVFP4Config(rotation=128, **ws),
+    }
+
+
+@torch.no_grad()
+def nvfp4_row(problem: Problem, config: ARCConfig) -> Row:
+    """Quantize a linear, and compare its output."""
+    linear = nn.Linear(*reversed(problem.weight.shape), bias=False)
+    linear.weight = nn.Parameter(problem.weight.clone())
+    model = nn.Sequential(linear)
+    start = time.perf_counter()
+    quantize_(model, config, calibration_data=[problem.calibration], progress=False)
+    seconds = time.perf_counter() - start
+    x = problem.evaluation
+    cost = extra_cost([model[0].weight])
+    return {
+        "sqnr_db": sqnr_db(x @ problem.weight.t(), model(x)),
+        "extra_bits": cost.bits_per_weight,
+        "extra_multiply_adds": cost.multiply_adds,
+        "quantize_seconds": seconds,
+    }
+
+
+def mxfp4_row(problem: Problem, rotation: int) -> Row:
+    """MXFP4 rounding to nearest of both operands, after a block Hadamard rotation of this size."""
+    turned: Callable[[Tensor], Tensor] = lambda t: t
+    if rotation:
+        turned = lambda t: rotate(t, hadamard_signs(rotation))
+    rounded = lambda t: mxfp4.dequantize(*mxfp4.quantize(turned(t)))[:, : t.shape[1]]
+    x, w = problem.evaluation, problem.weight
+    return {
+        "sqnr_db": sqnr_db(x @ w.t(), rounded(x) @ rounded(w).t()),
+        "extra_bits": MXFP4_BITS - PLAIN_BITS,
+        "extra_multiply_adds": rotation / w.shape[0],
+        "quantize_seconds": 0.0,
+    }
+
+
+def measure(problem: Problem, weight_scale: str) -> dict[str, Row]:
+    """Every row on one problem."""
+    rows = {}
+    for name, config in configs(weight_scale).items():
+        rows[name] = nvfp4_row(problem, config)
+        print(f"  {name}: {rows[name]['sqnr_db']:.2f} dB", file=sys.stderr, flush=True)
+    return rows | {
+        "MXFP4": mxfp4_row(problem, 0),
+        "MXFP4, Hadamard 32": mxfp4_row(problem, 32),
+        "MXFP4, Hadamard 128": mxfp4_row(problem, 128),
+    }
+
+
+def relations(rows: list[dict[str, Row]]) -> dict[str, dict[str, Any]]:
+    """Mean gain of one row over another, in how many problems it gains, and whether that is what
+    the papers say."""
+    claims = {
+        "SERQ beats plain": ("SERQ 10 %", "plain", 0.0),
+        "SERQ without flattening beats plain": ("SERQ 10 %, not flattened", "plain", 0.0),
+        "smoothing + ARC is not worse than ARC": ("smoothing + ARC 10 %", "ARC 10 %", -TIE_DB),
+        "ARHQ beats one SVD at rank 32": ("ARHQ r32", "one SVD r32", 0.0),
+        "ARHQ beats one SVD at rank 128": ("ARHQ r128", "one SVD r128", 0.0),
+        "ARHQ beats one SVD at rank 128, raw": ("ARHQ r128, raw", "one SVD r128, raw", 0.0),
+        "ARHQ, iterated, beats SVDQuant at rank 32": ("ARHQ r32, iterated", "SVDQuant r32", 0.0),
+        "ARHQ, iterated, beats SVDQuant at rank 128": ("ARHQ r128, iterated", "SVDQuant r128", 0.0),
+        "Hadamard hurts NVFP4": ("plain", "Hadamard 16", 0.0),
+        "Hadamard 128 hurts NVFP4": ("plain", "Hadamard 128", 0.0),
+        "Hadamard 32 helps MXFP4": ("MXFP4, Hadamard 32", "MXFP4", 0.0),
+        "Hadamard 128 helps MXFP4": ("MXFP4, Hadamard 128", "MXFP4", 0.0),
+    }
+    found = {}
+    for claim, (better, worse, least) in claims.items():
+        gains = [r[better]["sqnr_db"] - r[worse]["sqnr_db"] for r in rows]
+        mean = statistics.fmean(gains)
+        wins = sum(gain > least for gain in gains)
+        found[claim] = {"gain_db": mean, "wins": wins, "of": len(gains), "holds": mean > least}
+    return found
+
+
+def mean_rows(measured: list[dict[str, Row]]) -> dict[str, Row]:
+    """Mean of every figure by row."""
+    return {
+        name: {k: statistics.fmean(m[name][k] for m in measured) for k in measured[0][name]}
+        for name in measured[0]
+    }
+
+
+def print_table(by_kind: dict[str, list[dict[str, Row]]], title: str) -> None:
+    """Rows by kind of layer, and what they cost on the mean."""
+    table = Table(title=title)
+    for heading in ("", *by_kind, "bits/weight", "multiply-adds"):
+        table.add_column(heading, justify="right" if heading else "left")
+    means = {kind: mean_rows(measured) for kind, measured in by_kind.items()}
+    overall = mean_rows([rows for measured in by_kind.values() for rows in measured])
+    for name, cost in overall.items():
+        figures = [f"{rows[name]['sqnr_db']:.2f}" for rows in means.values()]
+        extra = f"{cost['extra_bits']:+.2f}", f"{cost['extra_multiply_adds']:+.1%}"
+        table.add_row(name, *figures, *extra)
+    Console(width=110).print(table)
+
+
+def print_relations(found: dict[str, dict[str, Any]]) -> None:
+    for claim, r in found.items():
+        word = "holds" if r["holds"] else "DOES NOT HOLD"
+        print(f"{word}: {claim} ({r['gain_db']:+.2f} dB mean, {r['wins']} of {r['of']} linears)")
+
+
+def shipped_problems(every: int, tokens: int) -> list[Problem]:
+    """Linears of the shipped Llama on its own texts."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    texts = [path.read_text() for path in (CALIBRATION_TEXT, HELDOUT_TEXT)]
+    data = [text_batches(tokenizer, text, max_tokens=tokens) for text in texts]
+    run = [lambda batches=batches: [model(b) for b in batches] for batches in data]
+    return of_model(model, LLAMA_KINDS, tuple(run), every)
+
+
+def encoder_problems(name: str, text: Path, every: int, tokens: int) -> list[Problem]:
+    """Linears of an encoder on lines of a text, at most `tokens` tokens of each split."""
+    directory = model_directory(name)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModel.from_pretrained(directory, dtype=torch.float32).eval()
+    lines = select_lines(text.read_text(encoding="utf-8"), 64, 128)
+    batches = [tokenize(tokenizer, part)[: max(1, tokens // 2048)] for part in lines]
+    run = [lambda some=some: [model(**b) for b in some] for some in batches]
+    return of_model(model, BERT_KINDS, tuple(run), every)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--imatrix", type=Path, action="append", default=[])
+    parser.add_argument("--shipped", action="store_true", help="the shipped model's linears")
+    parser.add_argument("--encoder", help="'minilm' or a model directory; needs --text")
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND")
+    parser.add_argument("--every", type=int, default=18, help="take every n-th layer")
+    parser.add_argument("--tokens", type=int, default=1024, help="for calibration and evaluation")
+    parser.add_argument("--out-features", type=int, default=512)
+    parser.add_argument("--weights", choices=("gaussian", "balanced"), default="gaussian")
+    parser.add_argument("--common", type=float, default=0.0, help="variance in common factors")
+    parser.add_argument("--weight-scale", choices=("amax", "mse"), default="amax")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a relation fails")
+    args = parser.parse_args(argv)
+    if not (args.imatrix or args.shipped or args.encoder):
+        parser.error("nothing to measure: pass --imatrix FILE, --shipped or --encoder")
+    if args.encoder and (args.text is None or not args.text.is_file()):
+        parser.error(f"--encoder needs --text, a UTF-8 text file with long lines; got {args.text}")
+    return args
+
+
+def sources(args: argparse.Namespace) -> dict[str, list[Problem]]:
+    """Title -> problems."""
+    found = {}
+    for path in args.imatrix:
+        problems = constructed(
+            read_imatrix(path),
+            kinds=args.kinds,
+            every=args.every,
+            tokens=args.tokens,
+            out_features=args.out_features,
+            weights=args.weights,
+            common=args.common,
+            generator=torch.Generator().manual_seed(args.seed),
+        )
+        found[f"{path.name} (constructed)"] = list(problems)
+    if args.shipped:
+        found["shipped Llama"] = shipped_problems(args.every, args.tokens)
+    if args.encoder:
+        found["encoder"] = encoder_problems(args.encoder, args.text, args.every, args.tokens)
+    return {t: [p for p in problems if p.kind in args.kinds] for t, problems in found.items()}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    results, passed = {}, True
+    for title, problems in sources(args).items():
+        by_kind: dict[str, list[dict[str, Row]]] = {}
+        for i, problem in enumerate(problems):
+            print(f"{title}: linear {i + 1} of {len(problems)}", file=sys.stderr)
+            by_kind.setdefault(problem.kind, []).append(measure(problem, args.weight_scale))
+        print_table(by_kind, f"{title}: output SQNR in dB; cost over plain NVFP4")
+        found = relations([rows for measured in by_kind.values() for rows in measured])
+        print_relations(found)
+        passed &= all(r["holds"] for r in found.values())
+        results[title] = {"relations": found, "kinds": by_kind}
+    print(f"{'PASS' if passed else 'FAIL'}: relations of the papers")
+    header = run_header(args) | {"passed": passed}
+    print(json.dumps({"benchmark": "layer_methods", **header, "results": results}, default=str))
+    if args.check and not passed:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

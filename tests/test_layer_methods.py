@@ -1,0 +1,89 @@
+"""benchmarks/layer_methods.py: its problems, its accounts of the papers' claims, and end to end."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))  # scripts
+
+import layer_methods  # noqa: E402
+import layer_problems  # noqa: E402
+from test_benchmarks import last_json, write_imatrix  # noqa: E402
+
+
+def profile(channels: int) -> list[float]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.exp(2 * torch.randn(channels, generator=generator)).tolist()
+
+
+@pytest.mark.parametrize("common, expected", [(0.0, 0.0), (0.57, 0.57**2 / 32)])
+def test_constructed_channels_have_the_profile_and_the_correlation(common, expected):
+    """Mean squared correlation common^2 / 32 for loadings in random directions."""
+    rms = torch.logspace(-1, 1, 200)
+    x = layer_problems._mixed(rms, 20_000, common, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(x.square().mean(0).sqrt(), rms, rtol=0.1, atol=0.0)
+    r = torch.corrcoef(x.t())
+    mean_square = ((r.square().sum() - 200) / (200 * 199)).item() - 1 / 20_000
+    assert mean_square == pytest.approx(expected, abs=0.1 * expected + 3e-5)
+
+
+def test_problems_of_a_model_are_what_its_linears_read():
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    data = torch.randn(3, 5, 4), torch.randn(2, 5, 4)
+    run = [lambda x=x: model(x) for x in data]
+    (problem,) = layer_problems.of_model(model, {"2": "MLP middle"}, tuple(run))
+    hidden = [model[1](model[0](x)).flatten(0, 1) for x in data]
+    assert problem.kind == "MLP middle" and torch.equal(problem.weight, model[2].weight)
+    assert torch.equal(problem.calibration, hidden[0])
+    assert torch.equal(problem.evaluation, hidden[1])
+    assert not model[2]._forward_pre_hooks
+
+
+def rows(**sqnr_db: float) -> dict:
+    names = [*layer_methods.configs("amax"), "MXFP4", "MXFP4, Hadamard 32", "MXFP4, Hadamard 128"]
+    return {name: {"sqnr_db": sqnr_db.get(name.replace(" ", "_"), 20.0)} for name in names}
+
+
+def test_relations_are_mean_gains_and_wins():
+    """ARHQ +1 and -0.4 dB over one SVD: mean +0.3, one win of two. Equal rows: no claim of a gain
+    holds, that of "not worse" does."""
+    found = layer_methods.relations([rows(ARHQ_r128=21.0), rows(ARHQ_r128=19.6)])
+    claim = found["ARHQ beats one SVD at rank 128"]
+    assert (claim["gain_db"], claim["wins"], claim["of"]) == (pytest.approx(0.3), 1, 2)
+    assert claim["holds"]
+    assert not found["SERQ beats plain"]["holds"]
+    assert found["smoothing + ARC is not worse than ARC"]["holds"]
+
+
+def test_every_row_end_to_end_and_the_check_fails_with_a_relation(tmp_path, capsys, monkeypatch):
+    """One small linear: figures and costs of all rows; --check exits with 1 if a claim fails."""
+    path = write_imatrix(tmp_path / "m.dat", {"blk.0.ffn_up.weight": (1, profile(128))})
+    arguments = ["--imatrix", str(path), "--kinds", "MLP input", "--tokens", "96"]
+    arguments += ["--out-features", "48"]
+    layer_methods.main(arguments)
+    document = last_json(capsys)
+    ((kinds,),) = [r["kinds"].values() for r in document["results"].values()]
+    measured = kinds[0]
+    assert measured["plain"]["extra_bits"] == pytest.approx(32 / (48 * 128))
+    bits = 16 * 32 * (48 + 128) / (48 * 128) + 32 * 128 / (48 * 128)
+    assert measured["ARHQ r32"]["extra_bits"] == pytest.approx(bits + 32 / (48 * 128))
+    assert all(10 < row["sqnr_db"] < 80 for row in measured.values())
+    assert measured["SVDQuant r32"]["sqnr_db"] > measured["plain"]["sqnr_db"] + 3
+    assert json.dumps(document)
+    failing = {"claim": {"gain_db": -1.0, "wins": 0, "of": 1, "holds": False}}
+    monkeypatch.setattr(layer_methods, "relations", lambda rows: failing)
+    monkeypatch.setattr(layer_methods, "measure", lambda problem, scale: measured)
+    with pytest.raises(SystemExit) as stopped:
+        layer_methods.main([*arguments, "--check"])
+    assert stopped.value.code == 1 and "DOES NOT HOLD: claim" in capsys.readouterr().out
+
+
+def test_nothing_to_measure_is_refused(capsys):
+    for arguments in ([], ["--encoder", "minilm"]):
+        with pytest.raises(SystemExit):
+            layer_methods.parse(arguments)
+    assert "--encoder needs --text" in capsys.readouterr().err
