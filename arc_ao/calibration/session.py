@@ -36,6 +36,7 @@ class CalibrationSession:
     plans: dict[str, Any] | None = None  # member name -> LayerPlan, made once at convert
     observing: bool = True  # off while candidates are tried on the same inputs
     analyses: tuple[Any, list[Any]] | None = None  # what was last analysed, and its result
+    layer_weights: dict[str, float] | None = None  # group's first member -> worth of its errors
 
     def attach(self, name: str, module: nn.Linear) -> None:
         """Start observing `module`."""

@@ -77,7 +77,7 @@ def search_recipe(
     """
     observing, session.observing = session.observing, False
     try:
-        search = _Search(model, session, _some(batches), progress)
+        search = _Search(model, session, search_batches(batches), progress)
         searched = session.config.searched
         trials = search.measure([session.config.resolve()])
         for field, values in ROUNDS.items():
@@ -140,7 +140,8 @@ class _Search:
         ]
 
     def _plans(self, config: ARCConfig) -> dict[str, LayerPlan]:
-        return make_plans(analyse_session(self.session, config, progress=self.progress), config)
+        analyses = analyse_session(self.session, config, progress=self.progress)
+        return make_plans(analyses, config, self.session.layer_weights)
 
 
 @contextmanager
@@ -174,7 +175,7 @@ def quantized_on_the_fly(
             module.weight = weight
 
 
-def _some(batches: list[Batch | Tensor]) -> list[Batch | Tensor]:
+def search_batches(batches: list[Batch | Tensor]) -> list[Batch | Tensor]:
     """Evenly spaced batches of at most SEARCH_TOKENS tokens together: 1 to SEARCH_BATCHES."""
     tokens = [num_tokens(batch) for batch in batches]
     fitting = len(batches) * SEARCH_TOKENS // max(1, sum(tokens))

@@ -90,9 +90,14 @@ def quantize_weight(weight: Tensor, plan: LayerPlan) -> ARCTensor:
         parts = _stored_parts(ordered, plan.scale[rows], plan)
         qdata[rows] = nvfp4.pack(torch.cat([c.flatten(1) for c, _ in parts], dim=1))
         scales[rows] = nvfp4.encode_e4m3(torch.cat([s for _, s in parts], dim=1))
+    return assemble(weight, plan, qdata, scales)
+
+
+def assemble(weight: Tensor, plan: LayerPlan, qdata: Tensor, scale: Tensor) -> ARCTensor:
+    """ARCTensor of `weight` from its codes and scales under `plan`."""
     return ARCTensor(
         qdata,
-        scales,
+        scale,
         nvfp4.outer_scale(plan.amax).reshape(1),
         plan.act_blocks,
         plan.weight_blocks,

@@ -1,0 +1,164 @@
+"""GPTQ: round a weight column by column, later columns making up for the error of earlier ones.
+
+Rounding w [K] of one output row to q costs, on inputs x with H = E[x^T x],
+
+    (w - q) H (w - q)^T = |(w - q) R|^2,    H = R R^T, R upper triangular in processing order.
+
+Component i of (w - q) R holds columns 0..i only. Taken in order, the grid point next to
+
+    v_i = w_i + sum_{j < i} (w_j - q_j) R[j, i] / R[i, i]
+
+makes component i as small as it can be. This equals GPTQ (arXiv 2210.17323), whose update with the
+Cholesky factor of the inverse is the same elimination, and needs no inverse. Feedback from columns
+of earlier groups of COLUMNS is one matrix product per group.
+
+Fixed beforehand: block scales, and the order. Columns with a residual come last and the others by
+falling H[i, i]; a column of a residual block is one whose quantizer has two stages, and only what
+both leave is an error. Its grid is some thirty times finer, so that what ends there costs little.
+Copied columns are columns of their own, whose input is the quantized activation residual. Damping
+adds to the diagonal, `damping` times its mean, against directions that calibration has not seen.
+"""
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from arc_ao.formats import nvfp4
+from arc_ao.methods.scale_search import choose_scales
+from arc_ao.methods.weights import LayerPlan, assemble, in_order
+from arc_ao.tensor import ARCTensor
+
+COLUMNS = 128  # rounded before their feedback to the other groups is one matrix product
+CHUNK_ELEMENTS = 1 << 22  # rows rounded at a time: 16 MiB per fp32 temporary
+RETRIES = 4  # each with ten times the damping
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What rounding the weights of one input needs of its tokens, A = K16 + copied columns."""
+
+    order: Tensor  # int64 [A], columns from the last rounded to the first
+    lower: Tensor | None  # fp32 [A, A], H[order][:, order] = lower lower^T; None: to nearest
+    local: Tensor  # fp32 [A/16, 16, 16], diagonal blocks of H in plan order
+
+
+def prepare_rounding(gram: Tensor | None, plan: LayerPlan, names: list[str]) -> Rounding | None:
+    """Factorize E[x^T x] (fp32 [A, A], see calibration/gram.py) for linears of one input.
+
+    Where no token was seen or damping does not make H positive definite, a warning names the
+    layers, and they are rounded to nearest.
+    """
+    if gram is None or not torch.isfinite(gram).all():
+        found = "no token" if gram is None else "NaN or Inf"
+        _warn_nearest(names, f"expected finite calibration inputs, found {found}")
+        return None
+    local = _diagonal_blocks(gram)
+    order = _order(gram.diagonal(), plan)
+    lower = None
+    if plan.config.rounding == "gptq" and gram.diagonal().amax() > 0:
+        lower = _factorize(gram, order, plan.config.damping)
+        if lower is None:
+            _warn_nearest(names, "the damped Hessian is not positive definite")
+    return Rounding(order, lower, local)
+
+
+def _warn_nearest(names: list[str], reason: str) -> None:
+    warnings.warn(f"{', '.join(names)}: {reason}; rounding to nearest instead", stacklevel=3)
+
+
+def _diagonal_blocks(gram: Tensor) -> Tensor:
+    """[A/16, 16, 16]"""
+    blocks = gram.unflatten(0, (-1, nvfp4.BLOCK_SIZE)).unflatten(2, (-1, nvfp4.BLOCK_SIZE))
+    return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+
+
+def _order(diagonal: Tensor, plan: LayerPlan) -> Tensor:
+    """Columns from the last rounded to the first: with residual, then by rising diagonal."""
+    fine = torch.zeros_like(diagonal, dtype=torch.bool)
+    nvfp4.to_blocks(fine)[plan.weight_blocks.long()] = True
+    by_diagonal = torch.argsort(diagonal, descending=True, stable=True)
+    first_to_last = torch.cat([by_diagonal[~fine[by_diagonal]], by_diagonal[fine[by_diagonal]]])
+    return first_to_last.flip(0)
+
+
+def _factorize(gram: Tensor, order: Tensor, damping: float) -> Tensor | None:
+    """Lower Cholesky factor of the damped H[order][:, order], or None."""
+    diagonal = gram.diagonal()
+    mean = diagonal[diagonal > 0].mean().item()  # of live channels
+    hessian = gram.index_select(0, order).index_select(1, order)
+    for attempt in range(RETRIES):
+        hessian.diagonal().add_(damping * mean * 10**attempt)
+        lower, info = torch.linalg.cholesky_ex(hessian)
+        if info.item() == 0 and torch.isfinite(lower).all():
+            return lower
+    return None
+
+
+def round_weight(weight: Tensor, plan: LayerPlan, rounding: Rounding) -> ARCTensor:
+    """Quantize weight [N, K] as planned, with fixed scales and error feedback."""
+    inverse = nvfp4.inverse_outer_scale(plan.amax)
+    columns = rounding.order.shape[0]
+    qdata, scales = [], []
+    for rows in nvfp4.row_chunks(weight.new_empty((weight.shape[0], columns)), CHUNK_ELEMENTS):
+        target = in_order(weight[rows].float(), plan.channel_order) * inverse  # [n, K16]
+        if plan.act_channels is not None:
+            target = torch.cat([target, target.index_select(1, plan.act_channels)], dim=1)
+        codes, scale = _round_rows(target, plan, rounding)
+        qdata.append(nvfp4.pack(codes))
+        scales.append(nvfp4.encode_e4m3(scale))
+    return assemble(weight, plan, torch.cat(qdata), torch.cat(scales))
+
+
+def _round_rows(target: Tensor, plan: LayerPlan, rounding: Rounding) -> tuple[Tensor, Tensor]:
+    """Codes [n, A + 16 Rw] and block scales [n, A/16 + Rw] of outer-scaled rows target [n, A]."""
+    method, chosen = plan.config.weight_scale, plan.weight_blocks
+    blocks = nvfp4.to_blocks(target)
+    scale = choose_scales(blocks, method, rounding.local)
+    residual = blocks - nvfp4.decode_blocks(nvfp4.encode_blocks(blocks, scale), scale)
+    fine = choose_scales(residual.index_select(1, chosen), method, rounding.local[chosen.long()])
+    codes, fine_codes = _round_columns(target, scale, fine, chosen, rounding)
+    return torch.cat([codes, fine_codes], dim=1), torch.cat([scale, fine], dim=1)
+
+
+def _round_columns(
+    target: Tensor, scale: Tensor, fine: Tensor, chosen: Tensor, rounding: Rounding
+) -> tuple[Tensor, Tensor]:
+    """Codes of target [n, A] and of the residual blocks `chosen`, the error of both fed back.
+
+    Columns are rows here: what one step reads lies together.
+    """
+    order, lower = rounding.order, rounding.lower
+    columns = order.tolist()
+    stage = dict(zip(chosen.tolist(), range(chosen.shape[0]), strict=True))
+    values = target.T[order]  # [A, n]
+    scale, fine = scale.T.contiguous(), fine.T.contiguous()
+    codes = values.new_empty(values.shape, dtype=torch.uint8)
+    fine_codes = codes.new_empty((chosen.shape[0] * nvfp4.BLOCK_SIZE, values.shape[1]))
+    errors = torch.zeros_like(values)
+    inverse = None if lower is None else lower.diagonal().reciprocal().tolist()
+    for stop in range(len(columns), 0, -COLUMNS):
+        start = max(0, stop - COLUMNS)
+        if lower is not None:
+            feedback = lower[stop:, start:stop].T @ errors[stop:]  # [COLUMNS, n]
+        for i in range(stop - 1, start - 1, -1):
+            block, within = divmod(columns[i], nvfp4.BLOCK_SIZE)
+            value = values[i]
+            if lower is not None:
+                value = value + feedback[i - start] * inverse[i]
+            codes[columns[i]], rounded = _to_grid(value, scale[block])
+            if block in stage:
+                row = stage[block] * nvfp4.BLOCK_SIZE + within
+                fine_codes[row], correction = _to_grid(value - rounded, fine[stage[block]])
+                rounded = rounded + correction
+            torch.sub(values[i], rounded, out=errors[i])
+            if lower is not None:
+                feedback[: i - start].addr_(lower[i, start:i], errors[i])
+    return codes.T, fine_codes.T
+
+
+def _to_grid(value: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and values of the grid points nearest to `value` under `scale`."""
+    codes = nvfp4.encode_e2m1(value * scale.reciprocal())
+    return codes, nvfp4.decode_e2m1(codes) * scale
