@@ -131,7 +131,7 @@ class ARCConfig(AOBaseConfig):
     activation_scale: Literal["token", "tensor", "static"] | None = None
     four_over_six: bool | None = None
     rounding: Rounding | None = None
-    damping: float = 0.1
+    damping: float = 0.02
     layer_weights: LayerWeights | None = None
     pad_in_features: bool = False
     step: Step | None = None

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from torch import Tensor, nn
 
 from arc_ao.calibration.data import Batch
+from arc_ao.calibration.gram import Gram
 from arc_ao.calibration.sequential import quantize_sequentially
 from arc_ao.calibration.session import CalibrationSession, Member, detach
 from arc_ao.calibration.work_dir import WorkDir
@@ -42,7 +43,7 @@ def convert_blocks(
     def plan_of(member: Member) -> LayerPlan:
         return owners[member.module].plans[member.name]
 
-    def convert(group: list[Member], gram: Tensor | None) -> None:
+    def convert(group: list[Member], gram: Gram | None) -> None:
         for member, tensor in zip(group, _quantized(group, plan_of, gram), strict=True):
             finish(member, tensor)
 
@@ -63,13 +64,13 @@ def convert_blocks(
 
 
 def _quantized(
-    group: list[Member], plan_of: Callable[[Member], LayerPlan], gram: Tensor | None
+    group: list[Member], plan_of: Callable[[Member], LayerPlan], gram: Gram | None
 ) -> Iterator[ARCTensor]:
     """Weights of the linears that read one input, each made when it is asked for."""
     first = plan_of(group[0])
     rounding = None
     if first.config.needs_hessian:
-        rounding = prepare_rounding(gram, first, [member.name for member in group])
+        rounding = prepare_rounding(gram.take, first, [member.name for member in group])
     for member in group:
         weight, plan = member.module.weight.detach(), plan_of(member)
         if rounding is None:

@@ -31,7 +31,7 @@ from arc_ao.loading import empty_tensor
 from arc_ao.memory import release_memory
 from arc_ao.methods.measured import load_sessions, save_sessions
 from arc_ao.methods.plan import analyse_session, make_plans, weight_amax
-from arc_ao.methods.recipe import Trial, search_batches, search_recipe
+from arc_ao.methods.recipe import Trial, final_config, search_batches, search_recipe
 from arc_ao.methods.sensitivity import measure_layer_weights
 from arc_ao.methods.weights import quantize_weight
 from arc_ao.ops.backends import preferred_layout
@@ -131,7 +131,7 @@ def _calibrate_and_resolve(
             save_sessions(work, sessions, measured)
     resolved = {}
     for (config, _), session, trials in zip(groups, sessions, measured, strict=True):
-        final = (trials[0].config if trials else config.resolve()).with_step("convert")
+        final = final_config(config, trials).with_step("convert")
         _plan_session(session, final, progress=progress)
         resolved[id(config)] = (final, trials)
     return resolved
@@ -169,6 +169,7 @@ def _run_step(
                 converts.append((config, modules))
                 continue
             if isinstance(config, ARCConfig) and config.step == "prepare":
+                _refuse_hessian(config)
                 config.__dict__.pop("_session", None)  # every "prepare" starts its own session
             _apply(model, config, modules)
     _convert_groups(converts, progress)
@@ -317,6 +318,7 @@ def _plan_session(
 
 def _plan_unsearched(session: CalibrationSession, config: ARCConfig) -> None:
     """Plan a session of the three-step flow, which has no data left to measure recipes on."""
+    _refuse_hessian(config)
     if config.searched:
         warnings.warn(
             f"the three steps cannot measure {', '.join(config.searched)}; taking those of "
@@ -324,6 +326,20 @@ def _plan_unsearched(session: CalibrationSession, config: ARCConfig) -> None:
             stacklevel=2,
         )
     _plan_session(session, config.resolve())
+
+
+def _refuse_hessian(config: ARCConfig) -> None:
+    """The steps cannot go through the model block by block.
+
+    Raises:
+        ValueError: a config whose weights need Hessians.
+    """
+    if config.needs_hessian:
+        raise ValueError(
+            "expected rounding='nearest' and a weight_scale other than 'local_hessian' in a "
+            "prepare/convert flow, found a config that quantizes block by block (recipe='best' "
+            "does); call arc_ao.quantize_(model, config, calibration_data=...) instead"
+        )
 
 
 def _quantize_uncalibrated(module: nn.Linear, config: ARCConfig) -> None:

@@ -112,7 +112,7 @@ def quantize_sequentially(
     batches: list[Batch | Tensor],
     groups: list[list[Member]],
     plan_of: Callable[[Member], LayerPlan],
-    convert: Callable[[list[Member], Tensor | None], None],
+    convert: Callable[[list[Member], Gram | None], None],
     finish: Callable[[Member, ARCTensor], None],
     *,
     work: WorkDir | None = None,
@@ -124,7 +124,7 @@ def quantize_sequentially(
         groups: linears by shared input, from the ordinary calibration.
         plan_of: plan of a linear that is not converted yet.
         convert: quantizes the linears of one input in place, given E[x^T x], or None where their
-            plan needs none or no token reached them.
+            plan needs none.
         finish: puts one quantized weight in its place.
         work: finished blocks to take over, and where to keep new ones.
     """
@@ -166,7 +166,7 @@ class _Chain:
             (part for part in parts if part), key=lambda part: rank.get(part[0].module, last)
         )
 
-    def gather(self, index: int, linear: nn.Module, plan: LayerPlan) -> Tensor | None:
+    def gather(self, index: int, linear: nn.Module, plan: LayerPlan) -> Gram | None:
         """E[x^T x] of the inputs of `linear` over all batches, where its plan needs it."""
         if not plan.config.needs_hessian:
             return None
@@ -187,7 +187,7 @@ class _Chain:
                 self._run(index, i)
         finally:
             handle.remove()
-        return gram.take()
+        return gram
 
     def advance(self, index: int) -> None:
         """Replace the inputs by the outputs of block `index`."""

@@ -20,6 +20,7 @@ adds to the diagonal, `damping` times its mean, against directions that calibrat
 """
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -44,21 +45,31 @@ class Rounding:
     local: Tensor  # fp32 [A/16, 16, 16], diagonal blocks of H in plan order
 
 
-def prepare_rounding(gram: Tensor | None, plan: LayerPlan, names: list[str]) -> Rounding | None:
-    """Factorize E[x^T x] (fp32 [A, A], see calibration/gram.py) for linears of one input.
+def prepare_rounding(
+    take: Callable[[], Tensor | None], plan: LayerPlan, names: list[str]
+) -> Rounding | None:
+    """Factorize H for linears of one input.
 
     Where no token was seen or damping does not make H positive definite, a warning names the
     layers, and they are rounded to nearest.
+
+    Args:
+        take: hands over H, fp32 [A, A] (see calibration/gram.py), or None. A function, so that
+            nobody holds H while its factor is made: two such matrices are the most there are.
+        names: of the linears, for warnings.
     """
+    gram = take()
     if gram is None or not torch.isfinite(gram).all():
         found = "no token" if gram is None else "NaN or Inf"
         _warn_nearest(names, f"expected finite calibration inputs, found {found}")
         return None
-    local = _diagonal_blocks(gram)
-    order = _order(gram.diagonal(), plan)
-    lower = None
-    if plan.config.rounding == "gptq" and gram.diagonal().amax() > 0:
-        lower = _factorize(gram, order, plan.config.damping)
+    local, diagonal = _diagonal_blocks(gram), gram.diagonal().clone()
+    order, lower = _order(diagonal, plan), None
+    if plan.config.rounding == "gptq" and diagonal.amax() > 0:
+        gram = gram.index_select(0, order)
+        gram = gram.index_select(1, order)
+        mean = diagonal[diagonal > 0].mean().item()  # of live channels
+        lower = _factorize(gram, plan.config.damping * mean)
         if lower is None:
             _warn_nearest(names, "the damped Hessian is not positive definite")
     return Rounding(order, lower, local)
@@ -83,15 +94,12 @@ def _order(diagonal: Tensor, plan: LayerPlan) -> Tensor:
     return first_to_last.flip(0)
 
 
-def _factorize(gram: Tensor, order: Tensor, damping: float) -> Tensor | None:
-    """Lower Cholesky factor of the damped H[order][:, order], or None."""
-    diagonal = gram.diagonal()
-    mean = diagonal[diagonal > 0].mean().item()  # of live channels
-    hessian = gram.index_select(0, order).index_select(1, order)
+def _factorize(hessian: Tensor, damping: float) -> Tensor | None:
+    """Lower Cholesky factor of `hessian` + damping, or None; overwrites the diagonal."""
     for attempt in range(RETRIES):
-        hessian.diagonal().add_(damping * mean * 10**attempt)
+        hessian.diagonal().add_(damping * 10**attempt)
         lower, info = torch.linalg.cholesky_ex(hessian)
-        if info.item() == 0 and torch.isfinite(lower).all():
+        if info.item() == 0 and torch.isfinite(lower.diagonal()).all():
             return lower
     return None
 
