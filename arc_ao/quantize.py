@@ -143,17 +143,20 @@ def _measure(
     batches: list[Batch | Tensor] | None,
     progress: bool,
 ) -> list[Trial]:
-    """Weigh the layers of a calibrated session and search its recipe, as its config asks."""
+    """Search the recipe of a calibrated session and weigh its layers, as its config asks.
+
+    The search comes first: what it resolves, given again, must measure the same weights.
+    """
     config, trials = session.config, []
     if batches is None:
         return trials
-    resolved = config.resolve().with_step(None)
-    if resolved.layer_weights == "measured" and config.has_residuals:
-        session.layer_weights = measure_layer_weights(
-            model, session, search_batches(batches), resolved, progress=progress
-        )
     if config.searched:
         trials = search_recipe(model, session, batches, progress=progress)
+    final = final_config(config, trials)
+    if final.layer_weights == "measured" and final.has_residuals:
+        session.layer_weights = measure_layer_weights(
+            model, session, search_batches(batches), final, progress=progress
+        )
     return trials
 
 
@@ -319,9 +322,10 @@ def _plan_session(
 def _plan_unsearched(session: CalibrationSession, config: ARCConfig) -> None:
     """Plan a session of the three-step flow, which has no data left to measure recipes on."""
     _refuse_hessian(config)
-    if config.searched:
+    weighed = ["layer_weights"] if config.resolve().layer_weights == "measured" else []
+    if unmeasured := config.searched + weighed:
         warnings.warn(
-            f"the three steps cannot measure {', '.join(config.searched)}; taking those of "
+            f"the three steps cannot measure {', '.join(unmeasured)}; taking those of "
             "recipe='balanced'. Call arc_ao.quantize_(..., calibration_data=...) to measure them",
             stacklevel=2,
         )

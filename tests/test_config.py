@@ -21,7 +21,7 @@ NAN = float("nan")
 @pytest.mark.parametrize(
     "field, value, message",
     [
-        ("recipe", "best", r"recipe must be one of \('auto', .*got 'best'"),
+        ("recipe", "first", r"recipe must be one of \('auto', .*got 'first'"),
         ("selection", "random", r"selection must be one of \('energy', 'threshold', .*'random'"),
         ("channel_order", "sorted", r"channel_order must be one of \('none', 'amax', .*'sorted'"),
         ("granularity", "row", r"granularity must be one of \('block', 'channel', .*'row'"),

@@ -66,8 +66,14 @@ def test_every_linear_is_rounded_on_what_the_quantized_model_feeds_it(settings):
 
 
 def test_twice_gives_the_same_bits():
-    config = ARCConfig(recipe="best", budget=0.2)
-    assert_same_tensors(quantized(tiny_llama(), config), quantized(tiny_llama(), config))
+    """The search again, and its resolved config without a search."""
+    config = ARCConfig(recipe="best", budget=0.2, granularity="block")
+    model, again = tiny_llama(), tiny_llama()
+    summary = quantize_(model, config, calibration_data=batches(), progress=False)
+    resolved = ARCConfig(**summary.configs[0]["_data"])
+    assert resolved.searched == [] and resolved.rounding == "gptq"
+    assert_same_tensors(model, quantized(again, config))
+    assert_same_tensors(model, quantized(tiny_llama(), resolved))
 
 
 def test_gptq_changes_codes_and_nothing_else():
@@ -186,7 +192,7 @@ def test_one_sum_lives_at_a_time_and_none_afterwards(monkeypatch):
 
 
 def test_hooks_modes_and_observers_are_gone():
-    model = quantized(tiny_llama().train(), ARCConfig(recipe="best", budget=0.1))
+    model = quantized(tiny_llama().train(), ARCConfig(**GPTQ | {"layer_weights": "measured"}))
     assert model.training and model.config.use_cache
     for module in model.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks
