@@ -63,6 +63,11 @@ def _digest(parts: list[Any]) -> str:
             digest.update(repr(part).encode())
             continue
         digest.update(f"{part.dtype} {list(part.shape)}".encode())
+        if hasattr(part, "__tensor_flatten__"):  # weights that are quantized already
+            names, attributes = part.__tensor_flatten__()
+            inner = [getattr(part, name) for name in names]
+            digest.update(_digest([*names, str(attributes), *inner]).encode())
+            continue
         values = part.detach().cpu().contiguous().reshape(-1)
         digest.update(values.view(torch.uint8).numpy())
     return digest.hexdigest()

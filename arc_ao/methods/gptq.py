@@ -32,7 +32,8 @@ from arc_ao.methods.weights import LayerPlan, assemble, in_order
 from arc_ao.tensor import ARCTensor
 
 COLUMNS = 128  # rounded before their feedback to the other groups is one matrix product
-CHUNK_ELEMENTS = 1 << 22  # rows rounded at a time: 16 MiB per fp32 temporary
+CHUNK_ELEMENTS = 1 << 21  # rows rounded at a time: 8 MiB per fp32 temporary
+SCALE_ELEMENTS = 1 << 18  # rows whose scales are searched at a time: 1 MiB
 RETRIES = 4  # each with ten times the damping
 
 
@@ -121,13 +122,22 @@ def round_weight(weight: Tensor, plan: LayerPlan, rounding: Rounding) -> ARCTens
 
 def _round_rows(target: Tensor, plan: LayerPlan, rounding: Rounding) -> tuple[Tensor, Tensor]:
     """Codes [n, A + 16 Rw] and block scales [n, A/16 + Rw] of outer-scaled rows target [n, A]."""
-    method, chosen = plan.config.weight_scale, plan.weight_blocks
-    blocks = nvfp4.to_blocks(target)
-    scale = choose_scales(blocks, method, rounding.local)
-    residual = blocks - nvfp4.decode_blocks(nvfp4.encode_blocks(blocks, scale), scale)
-    fine = choose_scales(residual.index_select(1, chosen), method, rounding.local[chosen.long()])
-    codes, fine_codes = _round_columns(target, scale, fine, chosen, rounding)
+    parts = [
+        _scales(nvfp4.to_blocks(target[rows]), plan, rounding.local)
+        for rows in nvfp4.row_chunks(target, SCALE_ELEMENTS)
+    ]
+    scale, fine = (torch.cat(part) for part in zip(*parts, strict=True))
+    codes, fine_codes = _round_columns(target, scale, fine, plan.weight_blocks, rounding)
     return torch.cat([codes, fine_codes], dim=1), torch.cat([scale, fine], dim=1)
+
+
+def _scales(blocks: Tensor, plan: LayerPlan, local: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales of blocks [n, A/16, 16] and of what they leave in the residual blocks."""
+    method, chosen = plan.config.weight_scale, plan.weight_blocks
+    scale = choose_scales(blocks, method, local)
+    kept, kept_scale = blocks.index_select(1, chosen), scale.index_select(1, chosen)
+    residual = kept - nvfp4.decode_blocks(nvfp4.encode_blocks(kept, kept_scale), kept_scale)
+    return scale, choose_scales(residual, method, local[chosen.long()])
 
 
 def _round_columns(
@@ -137,36 +147,57 @@ def _round_columns(
 
     Columns are rows here: what one step reads lies together.
     """
-    order, lower = rounding.order, rounding.lower
-    columns = order.tolist()
-    stage = dict(zip(chosen.tolist(), range(chosen.shape[0]), strict=True))
-    values = target.T[order]  # [A, n]
-    scale, fine = scale.T.contiguous(), fine.T.contiguous()
-    codes = values.new_empty(values.shape, dtype=torch.uint8)
-    fine_codes = codes.new_empty((chosen.shape[0] * nvfp4.BLOCK_SIZE, values.shape[1]))
-    errors = torch.zeros_like(values)
-    inverse = None if lower is None else lower.diagonal().reciprocal().tolist()
+    lower, columns = rounding.lower, rounding.order.tolist()
+    grid = _Grid(scale, fine, chosen)
+    values = target.T[rounding.order]  # [A, n]
+    if lower is None:
+        for column, value in zip(columns, values, strict=True):
+            grid.round(column, value)
+        return grid.codes.T, grid.fine_codes.T
+    errors, inverse = torch.zeros_like(values), lower.diagonal().reciprocal().tolist()
     for stop in range(len(columns), 0, -COLUMNS):
         start = max(0, stop - COLUMNS)
-        if lower is not None:
-            feedback = lower[stop:, start:stop].T @ errors[stop:]  # [COLUMNS, n]
+        feedback = lower[stop:, start:stop].T @ errors[stop:]  # [COLUMNS, n]
         for i in range(stop - 1, start - 1, -1):
-            block, within = divmod(columns[i], nvfp4.BLOCK_SIZE)
-            value = values[i]
-            if lower is not None:
-                value = value + feedback[i - start] * inverse[i]
-            codes[columns[i]], rounded = _to_grid(value, scale[block])
-            if block in stage:
-                row = stage[block] * nvfp4.BLOCK_SIZE + within
-                fine_codes[row], correction = _to_grid(value - rounded, fine[stage[block]])
-                rounded = rounded + correction
-            torch.sub(values[i], rounded, out=errors[i])
-            if lower is not None:
-                feedback[: i - start].addr_(lower[i, start:i], errors[i])
-    return codes.T, fine_codes.T
+            value = values[i] + feedback[i - start] * inverse[i]
+            torch.sub(values[i], grid.round(columns[i], value), out=errors[i])
+            feedback[: i - start].addr_(lower[i, start:i], errors[i])
+    return grid.codes.T, grid.fine_codes.T
 
 
-def _to_grid(value: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and values of the grid points nearest to `value` under `scale`."""
-    codes = nvfp4.encode_e2m1(value * scale.reciprocal())
-    return codes, nvfp4.decode_e2m1(codes) * scale
+class _Grid:
+    """Rounds columns [n] under scales [n, A/16]; those of `chosen` blocks twice, under `fine`.
+
+    Attributes:
+        codes: uint8 [A, n]; fine_codes: uint8 [16 Rw, n], of the second rounding.
+    """
+
+    def __init__(self, scale: Tensor, fine: Tensor, chosen: Tensor) -> None:
+        rows, blocks = scale.shape
+        self.scales, self.fine_scales = _with_inverse(scale), _with_inverse(fine)
+        self.stage = {block: i for i, block in enumerate(chosen.tolist())}
+        every_code = torch.arange(16, dtype=torch.uint8, device=scale.device)
+        self.values = nvfp4.decode_e2m1(every_code)
+        self.codes = every_code.new_empty((blocks * nvfp4.BLOCK_SIZE, rows))
+        self.fine_codes = every_code.new_empty((len(self.stage) * nvfp4.BLOCK_SIZE, rows))
+
+    def round(self, column: int, value: Tensor) -> Tensor:
+        """Keep the codes of a column and return what they stand for."""
+        block, within = divmod(column, nvfp4.BLOCK_SIZE)
+        self.codes[column], rounded = self._nearest(value, *self.scales[block])
+        if block not in self.stage:
+            return rounded
+        stage = self.stage[block]
+        codes, correction = self._nearest(value - rounded, *self.fine_scales[stage])
+        self.fine_codes[stage * nvfp4.BLOCK_SIZE + within] = codes
+        return rounded + correction
+
+    def _nearest(self, value: Tensor, scale: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+        codes = nvfp4.encode_e2m1(value * inverse)
+        return codes, self.values[codes.int()] * scale
+
+
+def _with_inverse(scale: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Scales [n] of each block with their reciprocals, of scales [n, blocks]."""
+    by_block = scale.T.contiguous()
+    return list(zip(by_block, by_block.reciprocal(), strict=True))
