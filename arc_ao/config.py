@@ -213,6 +213,12 @@ class ARCConfig(AOBaseConfig):
         ]
 
     @property
+    def weighs_layers(self) -> bool:
+        """True where layers' weights are measured: blocks of all layers compete."""
+        competing = self.has_residuals and not self.explicit
+        return competing and self.resolve().layer_weights == "measured"
+
+    @property
     def needs_calibration(self) -> bool:
         """False where only weights matter: no residuals, nothing to measure, dynamic scales."""
         resolved = self.resolve()

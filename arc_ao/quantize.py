@@ -31,7 +31,7 @@ from arc_ao.loading import empty_tensor
 from arc_ao.memory import release_memory
 from arc_ao.methods.measured import load_sessions, save_sessions
 from arc_ao.methods.plan import analyse_session, make_plans, weight_amax
-from arc_ao.methods.recipe import Trial, final_config, search_batches, search_recipe
+from arc_ao.methods.recipe import Trial, search_batches, search_recipe
 from arc_ao.methods.sensitivity import measure_layer_weights
 from arc_ao.methods.weights import quantize_weight
 from arc_ao.ops.backends import preferred_layout
@@ -131,7 +131,7 @@ def _calibrate_and_resolve(
             save_sessions(work, sessions, measured)
     resolved = {}
     for (config, _), session, trials in zip(groups, sessions, measured, strict=True):
-        final = final_config(config, trials).with_step("convert")
+        final = (trials[0].config if trials else config.resolve()).with_step("convert")
         _plan_session(session, final, progress=progress)
         resolved[id(config)] = (final, trials)
     return resolved
@@ -143,20 +143,16 @@ def _measure(
     batches: list[Batch | Tensor] | None,
     progress: bool,
 ) -> list[Trial]:
-    """Search the recipe of a calibrated session and weigh its layers, as its config asks.
-
-    The search comes first: what it resolves, given again, must measure the same weights.
-    """
+    """Weigh the layers of a calibrated session and search its recipe, as its config asks."""
     config, trials = session.config, []
     if batches is None:
         return trials
+    if config.weighs_layers:
+        session.layer_weights = measure_layer_weights(
+            model, session, search_batches(batches), progress=progress
+        )
     if config.searched:
         trials = search_recipe(model, session, batches, progress=progress)
-    final = final_config(config, trials)
-    if final.layer_weights == "measured" and final.has_residuals:
-        session.layer_weights = measure_layer_weights(
-            model, session, search_batches(batches), final, progress=progress
-        )
     return trials
 
 
@@ -322,7 +318,7 @@ def _plan_session(
 def _plan_unsearched(session: CalibrationSession, config: ARCConfig) -> None:
     """Plan a session of the three-step flow, which has no data left to measure recipes on."""
     _refuse_hessian(config)
-    weighed = ["layer_weights"] if config.resolve().layer_weights == "measured" else []
+    weighed = ["layer_weights"] if config.weighs_layers else []
     if unmeasured := config.searched + weighed:
         warnings.warn(
             f"the three steps cannot measure {', '.join(unmeasured)}; taking those of "

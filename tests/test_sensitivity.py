@@ -37,7 +37,7 @@ def branch_weights(gain: float) -> dict[str, float]:
     calibrate(model, data, progress=False)
     session = observer_on(model.first).session
     session.observing = False
-    return measure_layer_weights(model, session, data, CONFIG.resolve(), progress=False)
+    return measure_layer_weights(model, session, data, progress=False)
 
 
 def test_a_layer_that_is_heard_louder_weighs_more():

@@ -77,7 +77,7 @@ class CalibrationSession:
             detach(member.module)
 
     def _channel_orders(self) -> tuple[str, ...]:
-        if "channel_order" in self.config.searched:
+        if "channel_order" in self.config.searched or self.config.weighs_layers:
             return ("none", "amax")
         return (self.config.resolve().channel_order,)
 

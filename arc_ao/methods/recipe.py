@@ -1,7 +1,8 @@
 """Measure what a model wants: `ARCConfig()` tries candidates and the model's output decides.
 
 For every candidate the calibration tokens run through the model with each linear quantized just
-before it is used and restored right after, so that trying costs the memory of one layer. The
+before it is used, rounded to nearest, and restored right after, so that trying costs the memory of
+one layer. The
 divergence of the output from the unquantized model (mean KL per token for logits, 1 - cosine for
 hidden states) ranks the candidates; among those within 5 % of the best, the one that costs least
 at run time wins.
@@ -38,9 +39,6 @@ SEARCH_BATCHES = 16  # weights are quantized anew for every batch and candidate
 EQUAL_WITHIN = 1.05
 # Run-time cost, by which equals are ranked: nothing, a gather of the residuals, a second
 # quantization of every block, a gather of the whole input.
-# Candidates are tried with weights rounded to nearest. GPTQ leaves about this share of their error
-# (on the shipped model 0.0035 of 0.0118 nats), so weight residuals are then worth less.
-GPTQ_LEAVES = 0.3
 RUN_TIME_COST = {"channel": 1, "four_over_six": 2, "amax": 4}
 
 
@@ -94,17 +92,6 @@ def search_recipe(
     return [winner, *sorted((t for t in trials if t is not winner), key=lambda t: t.divergence)]
 
 
-def final_config(config: ARCConfig, trials: list[Trial]) -> ARCConfig:
-    """Resolved config to convert with: the winner of `search_recipe`, or what `config` says."""
-    if not trials:
-        return config.resolve()
-    winner = trials[0].config
-    if winner.rounding != "gptq" or "exchange_rate" not in config.searched:
-        return winner
-    rate = float(winner.exchange_rate) * GPTQ_LEAVES
-    return dataclasses.replace(winner, exchange_rate=rate)
-
-
 def _matters(field: str, config: ARCConfig) -> bool:
     """Sorted channels share blocks already; without activation residuals nothing is gathered."""
     if field != "granularity":
@@ -154,7 +141,8 @@ class _Search:
         ]
 
     def _plans(self, config: ARCConfig) -> dict[str, LayerPlan]:
-        return make_plans(analyse_session(self.session, config, progress=self.progress), config)
+        analyses = analyse_session(self.session, config, progress=self.progress)
+        return make_plans(analyses, config, self.session.layer_weights)
 
 
 @contextmanager

@@ -31,19 +31,23 @@ def measure_layer_weights(
     model: nn.Module,
     session: CalibrationSession,
     batches: list[Batch | Tensor],
-    config: ARCConfig,
     *,
     progress: bool = True,
 ) -> dict[str, float]:
     """Name of each input's first linear -> weight of the errors of all that read the input.
 
     Args:
-        session: calibrated, not observing.
-        config: resolved; nothing is corrected, whatever its budget.
+        session: calibrated, not observing. Of its config only the kinds of scales matter: what a
+            search resolves must measure the same weights when it is given again.
     """
-    plain = dataclasses.replace(
-        config, budget=0.0, num_act_channels=None, num_weight_channels=None, selection="energy"
-    )
+    given = session.config.resolve()
+    plain = ARCConfig(
+        budget=0.0,
+        recipe="balanced",
+        weight_scale=given.weight_scale,
+        activation_scale=given.activation_scale,
+        pad_in_features=given.pad_in_features,
+    ).resolve()
     analyses = analyse_session(session, plain, progress=progress)
     plans = make_plans(analyses, plain)
     divergences = [0.0] * len(analyses)
