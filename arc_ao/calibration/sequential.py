@@ -167,7 +167,10 @@ class _Chain:
         )
 
     def gather(self, index: int, linear: nn.Module, plan: LayerPlan) -> Gram | None:
-        """E[x^T x] of the inputs of `linear` over all batches, where its plan needs it."""
+        """E[x^T x] of the inputs of `linear` over all batches, where its plan needs it.
+
+        Padding that a batch's attention_mask drops does not count.
+        """
         if not plan.config.needs_hessian:
             return None
         gram, left, mask = Gram(plan), 0, None

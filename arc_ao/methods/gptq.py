@@ -14,7 +14,7 @@ of earlier groups of COLUMNS is one matrix product per group.
 
 Fixed beforehand: block scales, and the order. Columns with a residual come last and the others by
 falling H[i, i]; a column of a residual block is one whose quantizer has two stages, and only what
-both leave is an error. Its grid is some thirty times finer, so that what ends there costs little.
+both leave is an error. Its grid is some ten times finer, so that what ends there costs little.
 Copied columns are columns of their own, whose input is the quantized activation residual. Damping
 adds to the diagonal, `damping` times its mean, against directions that calibration has not seen.
 """

@@ -1,15 +1,15 @@
 """How much the model's output suffers from an error in each layer.
 
 Blocks compete for one budget by the error that they remove relative to their layer's output. The
-same relative error does not mean the same to the model: on small Llamas the first block's
-attention input weighs twenty times as much as the last output projection. So each input's linears
-are quantized alone, to plain NVFP4, and
+same relative error does not mean the same to the model: in the shipped Llama one at the first
+attention input costs more than twenty times as much as one at the last output projection. So each
+input's linears are quantized alone, to plain NVFP4, and
 
     weight = sqrt(divergence of the model's output / relative error of these linears)
 
-multiplies the error removed there. Weights are relative to their mean. The square root, because
-what is left after correction adds up with that of other layers: it measured as well or better than
-the plain ratio everywhere.
+multiplies the error removed there. Weights are relative to their mean. The square root measured as
+good as the ratio itself on the shipped model with GPTQ (64.2 and 63.6 % of plain NVFP4's KL closed
+on calibration text, 61.4 % with equal weights), and moves less where the measurement is noisy.
 """
 
 import dataclasses
