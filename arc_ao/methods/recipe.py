@@ -2,10 +2,9 @@
 
 For every candidate the calibration tokens run through the model with each linear quantized just
 before it is used, rounded to nearest, and restored right after, so that trying costs the memory of
-one layer. The
-divergence of the output from the unquantized model (mean KL per token for logits, 1 - cosine for
-hidden states) ranks the candidates; among those within 5 % of the best, the one that costs least
-at run time wins.
+one layer. The divergence of the output from the unquantized model (mean KL per token for logits,
+1 - cosine for hidden states) ranks the candidates; among those within 5 % of the best, the one
+that costs least at run time wins.
 """
 
 import dataclasses
