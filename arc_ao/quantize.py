@@ -8,6 +8,7 @@ step="convert"      one plan for all linears of the config, then one weight afte
 step="prepare_for_loading"   an empty ARCTensor of the shape that a checkpoint has
 """
 
+import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -311,6 +312,9 @@ def _plan_session(
     """Plan every linear of a session before the first one is touched."""
     analyses = analyse_session(session, config, progress=progress)
     session.plans = make_plans(analyses, config, session.layer_weights)
+    if config.needs_hessian:  # which chooses other scales; these take 1/32 of the model's memory
+        plans = session.plans.items()
+        session.plans = {name: dataclasses.replace(plan, scale=None) for name, plan in plans}
     session.analyses = None  # every plan is dropped with its layer, its block scales too
     session.config.__dict__.pop("_session", None)  # complete: a config must not hold on to a model
 

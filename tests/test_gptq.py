@@ -1,5 +1,6 @@
 """GPTQ: against its literal definition, against rounding to nearest, and on degenerate inputs."""
 
+import dataclasses
 import warnings
 
 import pytest
@@ -180,6 +181,15 @@ def test_the_hessian_is_of_what_the_stored_columns_meet(settings):
     stored = nvfp4.decode(tensor.qdata, tensor.scale) * tensor.outer_scale
     expected = effective_input(x, plan) @ stored.T
     torch.testing.assert_close(arc_linear(x, tensor), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_scales_left_open_are_those_of_the_analysis():
+    """A plan without scales, as block by block quantization keeps it, rounds to the same bits."""
+    weight, x = weights(24, 64), correlated(64, 64)
+    plan = plan_for(weight, x, weight_blocks=ids(1))
+    left_open = dataclasses.replace(plan, scale=None)
+    assert same(quantize_weight(weight, left_open), quantize_weight(weight, plan))
+    assert same(rounded(weight, x, left_open), rounded(weight, x, plan))
 
 
 def test_chunks_of_rows_change_no_bit(monkeypatch):
