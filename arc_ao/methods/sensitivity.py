@@ -8,8 +8,9 @@ input's linears are quantized alone, to plain NVFP4, and
     weight = sqrt(divergence of the model's output / relative error of these linears)
 
 multiplies the error removed there. Weights are relative to their mean. The square root measured as
-good as the ratio itself on the shipped model with GPTQ (64.2 and 63.6 % of plain NVFP4's KL closed
-on calibration text, 61.4 % with equal weights), and moves less where the measurement is noisy.
+good as the ratio itself on the shipped model with GPTQ (64.2 and 63.6 % of plain NVFP4's KL closed,
+61.4 % with equal weights, all in a trial that also fitted the weights to the outputs), and moves
+less where the measurement is noisy.
 """
 
 import dataclasses
