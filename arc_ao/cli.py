@@ -85,7 +85,13 @@ def _add_quantize(commands: Any) -> None:
         "--budget", type=float, default=0.06, help="extra channels over in_features (0.06)"
     )
     quantize.add_argument(
-        "--recipe", default="auto", choices=("auto", "balanced", "paper", "plain")
+        "--recipe", default="auto", choices=("auto", "best", "balanced", "paper", "plain")
+    )
+    quantize.add_argument(
+        "--rounding", choices=("nearest", "gptq"), help="of weights; default: the recipe's"
+    )
+    quantize.add_argument(
+        "--resume", type=Path, metavar="DIR", help="keep finished blocks here and go on from them"
     )
     quantize.add_argument("--pad-in-features", action="store_true")
 
@@ -146,12 +152,17 @@ def _quantize(args: argparse.Namespace) -> None:
     from arc_ao.shipped import CALIBRATION_TEXT
 
     check_output(args.output)
-    config = ARCConfig(budget=args.budget, recipe=args.recipe, pad_in_features=args.pad_in_features)
+    config = ARCConfig(
+        budget=args.budget,
+        recipe=args.recipe,
+        rounding=args.rounding,
+        pad_in_features=args.pad_in_features,
+    )
     model, tokenizer = load_model(args.model)
     text = read_text(args.calib or CALIBRATION_TEXT)
     window = min(512, getattr(model.config, "max_position_embeddings", 512))
     batches = text_batches(tokenizer, text, window=window, max_tokens=args.calib_tokens)
-    summary = quantize_(model, config, calibration_data=batches)
+    summary = quantize_(model, config, calibration_data=batches, work_dir=args.resume)
     save_pretrained(model, args.output, tokenizer)
     print(summary)
     print(f"wrote {args.output}")

@@ -15,12 +15,16 @@ Granularity = Literal["block", "channel"]
 Selection = Literal["energy", "threshold"]
 Smooth = Literal["none", "flatten", "search"]
 Branch = Literal["svd", "arhq"]
-Recipe = Literal["auto", "balanced", "paper", "plain"]
+Recipe = Literal["auto", "best", "balanced", "paper", "plain"]
+WeightScale = Literal["amax", "mse", "four_over_six", "local_hessian"]
+Rounding = Literal["nearest", "gptq"]
+LayerWeights = Literal["equal", "measured"]
 Step = Literal["prepare", "convert", "prepare_for_loading"]
 Activation = Literal["nvfp4", "bf16"]
 
-# What a recipe fills in where the user left a field None. "auto" measures these fields on the
-# calibration data; where that is impossible (the three-step flow) it falls back to "balanced".
+# What a recipe fills in where the user left a field None. "auto" and "best" measure SEARCHED_FIELDS
+# on the calibration data; where that is impossible (the three-step flow) "auto" falls back to
+# "balanced".
 RECIPES: dict[str, dict[str, Any]] = {
     "balanced": {
         "selection": "energy",
@@ -30,6 +34,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "four_over_six": False,
         "weight_scale": "mse",
         "activation_scale": "token",
+        "rounding": "nearest",
+        "layer_weights": "equal",
     },
     "paper": {
         "selection": "threshold",
@@ -39,6 +45,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "four_over_six": False,
         "weight_scale": "amax",
         "activation_scale": "tensor",
+        "rounding": "nearest",
+        "layer_weights": "equal",
     },
     "plain": {
         "selection": "energy",
@@ -48,9 +56,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         "four_over_six": False,
         "weight_scale": "amax",
         "activation_scale": "token",
+        "rounding": "nearest",
+        "layer_weights": "equal",
     },
 }
 SAMPLE_TOKENS = 2048  # input rows kept a layer where means over single channels do not suffice
+RECIPES["best"] = RECIPES["balanced"] | {"rounding": "gptq", "layer_weights": "measured"}
+SEARCHING = ("auto", "best")
 SEARCHED_FIELDS = ("channel_order", "granularity", "exchange_rate", "four_over_six")
 # What activation="bf16" leaves of the choices: only weights have residuals, in their own order.
 WEIGHT_ONLY: dict[str, Any] = {
@@ -69,7 +81,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "selection": ("energy", "threshold", None),
     "channel_order": ("none", "amax", None),
     "granularity": ("block", "channel", None),
-    "weight_scale": ("amax", "mse", "four_over_six", None),
+    "weight_scale": ("amax", "mse", "four_over_six", "local_hessian", None),
+    "rounding": ("nearest", "gptq", None),
+    "layer_weights": ("equal", "measured", None),
     "activation_scale": ("token", "tensor", "static", "none", None),
     "four_over_six": (True, False, None),
     "smooth": ("none", "flatten", "search"),
@@ -91,7 +105,8 @@ class ARCConfig(AOBaseConfig):
         budget: extra channels over in_features, model-wide and weighted by out_features; blocks of
             all layers compete for it. 0 is plain NVFP4. None, with selection "threshold": the
             paper's rule (channels with amax > 2^-3 of the layer's, rounded up to 64).
-        recipe: "auto" (measure), "balanced" (no search, no reordering), "paper" (ARCQuant as
+        recipe: "auto" (measure), "best" (measure, with layers weighed by measured sensitivity and
+            weights rounded by GPTQ), "balanced" (no search, no reordering), "paper" (ARCQuant as
             published: sorted channels, activation residuals, amax scales), "plain" (NVFP4 with amax
             scales; the budget is 0 unless numbers of channels are given).
         selection: rank blocks by the output error they remove ("energy") or by amax ("threshold").
@@ -103,7 +118,15 @@ class ARCConfig(AOBaseConfig):
         num_act_channels, num_weight_channels: residual channels of each kind for every layer,
             instead of a budget; multiples of 16.
         weight_scale: block scales of weights: "amax", "mse" (searched, weighted by E[x^2]),
-            "four_over_six".
+            "four_over_six", "local_hessian" (searched, weighted by the 16 x 16 diagonal blocks of
+            E[x x^T]; block by block, as for rounding "gptq").
+        rounding: of weights: "nearest", or "gptq", which rounds column by column and lets later
+            columns make up for the error (methods/gptq.py). It quantizes block by block and needs
+            the one call with calibration data.
+        damping: what is added to the diagonal of GPTQ's Hessian, over the mean of that diagonal.
+        layer_weights: the worth of removed error in each layer: "equal" (errors relative to the
+            layer's output), or "measured" (times the divergence of the model's output that
+            quantizing this layer alone causes, over its relative error).
         activation_scale: outer scale of activations: "token" (one per row), "tensor", "static"
             (calibrated constant). "none" belongs to activation="bf16" and follows from it.
         four_over_six: choose each activation block's scale between amax/6 and amax/4.
@@ -132,9 +155,12 @@ class ARCConfig(AOBaseConfig):
     exchange_rate: float | str | None = None
     num_act_channels: int | None = None
     num_weight_channels: int | None = None
-    weight_scale: Literal["amax", "mse", "four_over_six"] | None = None
+    weight_scale: WeightScale | None = None
     activation_scale: Literal["token", "tensor", "static", "none"] | None = None
     four_over_six: bool | None = None
+    rounding: Rounding | None = None
+    damping: float = 0.02
+    layer_weights: LayerWeights | None = None
     smooth: Smooth = "none"
     rotation: int = 0
     rank: int = 0
@@ -202,6 +228,11 @@ class ARCConfig(AOBaseConfig):
             value = getattr(self, field)
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"ARCConfig.{field} must be a number >= 0, got {value!r}")
+        if not (isinstance(self.damping, (int, float)) and 0 < self.damping <= 10):
+            raise ValueError(
+                f"ARCConfig.damping is relative to the Hessian's mean diagonal, expected more than "
+                f"0 and at most 10, got {self.damping!r}"
+            )
         for field in ("num_act_channels", "num_weight_channels"):
             value = getattr(self, field)
             if value is None:
@@ -234,7 +265,7 @@ class ARCConfig(AOBaseConfig):
     @property
     def searched(self) -> list[str]:
         """Fields that `recipe="auto"` measures: the None ones that make a difference."""
-        if self.recipe != "auto" or not self.has_residuals:
+        if self.recipe not in SEARCHING or not self.has_residuals:
             return []
         by_energy = self.selection != "threshold"
         matters = {
@@ -248,17 +279,30 @@ class ARCConfig(AOBaseConfig):
         ]
 
     @property
+    def weighs_layers(self) -> bool:
+        """True where layers' weights are measured: blocks of all layers compete."""
+        competing = self.has_residuals and not self.explicit
+        return competing and self.resolve().layer_weights == "measured"
+
+    @property
     def needs_calibration(self) -> bool:
         """False where only weights matter: no residuals, nothing to measure, dynamic scales."""
         resolved = self.resolve()
         static = resolved.activation_scale == "static"
         is_sorted = resolved.channel_order == "amax"
-        return self.has_residuals or static or is_sorted or self.smooth != "none" or self.rank > 0
+        transformed = self.smooth != "none" or self.rank > 0
+        return self.has_residuals or static or is_sorted or transformed or self.needs_hessian
 
     @property
     def sample_tokens(self) -> int:
         """Input rows that calibration keeps of every layer."""
         return SAMPLE_TOKENS if self.rank or self.rotation or self.smooth != "none" else 0
+
+    @property
+    def needs_hessian(self) -> bool:
+        """True where weights need E[x x^T] of their inputs, gathered block by block."""
+        resolved = self.resolve()
+        return resolved.rounding == "gptq" or resolved.weight_scale == "local_hessian"
 
     def resolve(self, **measured: Any) -> "ARCConfig":
         """Copy without None fields: `measured` values first, then the recipe's."""

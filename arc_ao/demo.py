@@ -30,6 +30,8 @@ CONFIGS = {
     "ARC, paper, 10 %": ARCConfig(budget=0.10, recipe="paper"),
     "ours, 6 %": ARCConfig(budget=0.06),
     "ours, 10 %": ARCConfig(budget=0.10),
+    "best, 6 %": ARCConfig(budget=0.06, recipe="best"),
+    "best, 10 %": ARCConfig(budget=0.10, recipe="best"),
 }
 
 

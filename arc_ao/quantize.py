@@ -1,15 +1,18 @@
 """quantize_: one call, or torchao's three steps, from a model to ARCTensor weights.
 
-one call            collect targets -> prepare -> calibrate -> measure the recipe -> convert
+one call            collect targets -> prepare -> calibrate -> measure the recipe -> convert,
+                    where weights need Hessians block by block (calibration/sequential.py)
 step="prepare"      an observer on every linear
 (run the model)     statistics, shared inputs
 step="convert"      one plan for all linears of the config, then one weight after the other
 step="prepare_for_loading"   an empty ARCTensor of the shape that a checkpoint has
 """
 
+import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,14 +23,18 @@ from tqdm import tqdm
 
 from arc_ao.calibration.data import Batch, calibrate, num_tokens, to_batches
 from arc_ao.calibration.session import CalibrationSession, Member, detach, observer_on
+from arc_ao.calibration.work_dir import WorkDir, fingerprint
 from arc_ao.config import ARCConfig
 from arc_ao.config_family import CONFIGS
+from arc_ao.convert_blocks import convert_blocks
 from arc_ao.formats.nvfp4 import BLOCK_SIZE
 from arc_ao.integrations.huggingface import attach_quantizer
 from arc_ao.loading import empty_tensor
 from arc_ao.memory import release_memory
+from arc_ao.methods.measured import load_sessions, save_sessions
 from arc_ao.methods.plan import analyse_session, make_plans, weight_amax
-from arc_ao.methods.recipe import Trial, search_recipe
+from arc_ao.methods.recipe import Trial, search_batches, search_recipe
+from arc_ao.methods.sensitivity import measure_layer_weights
 from arc_ao.methods.weights import quantize_weight
 from arc_ao.summary import QuantizationSummary, model_bytes, summarize
 from arc_ao.targets import FilterFn, check_linear, collect_targets, is_ragged
@@ -45,6 +52,7 @@ def quantize_(
     max_length: int = 512,
     filter_fn: FilterFn | None = None,
     progress: bool = True,
+    work_dir: str | Path | None = None,
 ) -> QuantizationSummary | None:
     """Quantize the linears of `model` in place.
 
@@ -56,6 +64,8 @@ def quantize_(
         max_length: strings are cut after this many tokens.
         filter_fn: (module, fqn) -> whether to quantize, instead of the default choice.
         progress: show progress bars.
+        work_dir: folder that keeps the calibration and every finished block; the same call on the
+            same folder goes on where an interrupted one stopped and gives the same bits.
 
     Returns:
         What was done (None for a single step). A refused call leaves the model as it was:
@@ -63,7 +73,8 @@ def quantize_(
         by one.
 
     Raises:
-        ValueError: a layer that cannot be quantized, or missing calibration data.
+        ValueError: a layer that cannot be quantized, missing calibration data, or a `work_dir` of
+            another model, config or data.
     """
     config = ARCConfig() if config is None else config
     if not isinstance(config, AOBaseConfig):
@@ -71,6 +82,8 @@ def quantize_(
     targets = collect_targets(model, config, filter_fn)
     groups = targets.by_config()
     if any(getattr(layer_config, "step", None) for layer_config, _ in groups):
+        if work_dir is not None:
+            raise ValueError("work_dir: expected None for one of torchao's steps; use the one call")
         _run_step(model, groups, progress)
         return None
     arc_groups = [(c, modules) for c, modules in groups if isinstance(c, ARCConfig)]
@@ -81,11 +94,17 @@ def quantize_(
     batches = None
     if calibration_data is not None:
         batches = to_batches(calibration_data, tokenizer, max_length)
+    work = None
+    if work_dir is not None:
+        work = WorkDir(work_dir, fingerprint(model, targets.configs, batches or []))
     with _unchanged_on_error(model):
-        resolved = _calibrate_and_resolve(model, arc_groups, batches, progress)
+        resolved = _calibrate_and_resolve(model, arc_groups, batches, work, progress)
         for layer_config, modules in groups:
             if id(layer_config) not in resolved:
                 _apply(model, layer_config, modules)  # another library's config
+    if any(final.needs_hessian for final, _ in resolved.values()):
+        sessions = [observer_on(next(iter(modules.values()))).session for _, modules in arc_groups]
+        convert_blocks(model, sessions, batches, _swap_weight, work=work, progress=progress)
     _convert_groups([(resolved[id(c)][0], modules) for c, modules in arc_groups], progress)
     attach_quantizer(model)
     return summarize(model, list(resolved.values()), targets.skipped, before)
@@ -95,27 +114,49 @@ def _calibrate_and_resolve(
     model: nn.Module,
     groups: list[tuple[ARCConfig, dict[str, nn.Linear]]],
     batches: list[Batch | Tensor] | None,
+    work: WorkDir | None,
     progress: bool,
 ) -> dict[int, tuple[ARCConfig, list[Trial]]]:
     """Prepare and calibrate, then measure; id of each config -> its convert config and trials."""
-    resolved = {}
     for config, modules in groups:
         _apply(model, config.with_step("prepare"), modules)
     sessions = [observer_on(next(iter(modules.values()))).session for _, modules in groups]
-    if batches is not None:
+    measured = None if work is None else load_sessions(work, sessions)
+    if batches is not None and measured is None:
         for session in sessions:
             session.spread_samples(sum(num_tokens(batch) for batch in batches))
         calibrate(model, batches, progress=progress)
     for session in sessions:
         session.observing = False  # a search for one config must not feed the others
-    for (config, _), session in zip(groups, sessions, strict=True):
-        trials: list[Trial] = []
-        if config.searched and batches is not None:
-            trials = search_recipe(model, session, batches, progress=progress)
+    if measured is None:
+        measured = [_measure(model, session, batches, progress) for session in sessions]
+        if work is not None:
+            save_sessions(work, sessions, measured)
+    resolved = {}
+    for (config, _), session, trials in zip(groups, sessions, measured, strict=True):
         final = (trials[0].config if trials else config.resolve()).with_step("convert")
         _plan_session(session, final, progress=progress)
         resolved[id(config)] = (final, trials)
     return resolved
+
+
+def _measure(
+    model: nn.Module,
+    session: CalibrationSession,
+    batches: list[Batch | Tensor] | None,
+    progress: bool,
+) -> list[Trial]:
+    """Weigh the layers of a calibrated session and search its recipe, as its config asks."""
+    config, trials = session.config, []
+    if batches is None:
+        return trials
+    if config.weighs_layers:
+        session.layer_weights = measure_layer_weights(
+            model, session, search_batches(batches), progress=progress
+        )
+    if config.searched:
+        trials = search_recipe(model, session, batches, progress=progress)
+    return trials
 
 
 def _run_step(
@@ -130,6 +171,7 @@ def _run_step(
                 converts.append((config, modules))
                 continue
             if isinstance(config, ARCConfig) and config.step == "prepare":
+                _refuse_hessian(config)
                 config.__dict__.pop("_session", None)  # every "prepare" starts its own session
             _apply(model, config, modules)
     _convert_groups(converts, progress)
@@ -273,20 +315,39 @@ def _plan_session(
 ) -> None:
     """Plan every linear of a session before the first one is touched."""
     analyses = analyse_session(session, config, progress=progress)
-    session.plans = make_plans(analyses, config)
+    session.plans = make_plans(analyses, config, session.layer_weights)
+    if config.needs_hessian:  # which chooses other scales; these take 1/32 of the model's memory
+        plans = session.plans.items()
+        session.plans = {name: dataclasses.replace(plan, scale=None) for name, plan in plans}
     session.analyses = None  # every plan is dropped with its layer, its block scales too
     session.config.__dict__.pop("_session", None)  # complete: a config must not hold on to a model
 
 
 def _plan_unsearched(session: CalibrationSession, config: ARCConfig) -> None:
     """Plan a session of the three-step flow, which has no data left to measure recipes on."""
-    if config.searched:
+    _refuse_hessian(config)
+    weighed = ["layer_weights"] if config.weighs_layers else []
+    if unmeasured := config.searched + weighed:
         warnings.warn(
-            f"the three steps cannot measure {', '.join(config.searched)}; taking those of "
+            f"the three steps cannot measure {', '.join(unmeasured)}; taking those of "
             "recipe='balanced'. Call arc_ao.quantize_(..., calibration_data=...) to measure them",
             stacklevel=2,
         )
     _plan_session(session, config.resolve())
+
+
+def _refuse_hessian(config: ARCConfig) -> None:
+    """The steps cannot go through the model block by block.
+
+    Raises:
+        ValueError: a config whose weights need Hessians.
+    """
+    if config.needs_hessian:
+        raise ValueError(
+            "expected rounding='nearest' and a weight_scale other than 'local_hessian' in a "
+            "prepare/convert flow, found a config that quantizes block by block (recipe='best' "
+            "does); call arc_ao.quantize_(model, config, calibration_data=...) instead"
+        )
 
 
 def _quantize_uncalibrated(module: nn.Linear, config: ARCConfig) -> None:

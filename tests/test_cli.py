@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_models import byte_tokenizer, tiny_llama
 
+from arc_ao import convert_blocks
 from arc_ao.cli import main
 from arc_ao.env import env_report
 from arc_ao.ops import OPERATORS
@@ -49,6 +51,33 @@ def test_quantize_eval_report(model_dir, text_file, tmp_path, capsys):
     files = ["--text", str(text_file), "--json", str(rows), "--plot", str(plot)]
     assert main(["report", str(output), *original, *files]) == 0
     assert len(json.loads(rows.read_text())) == 14 and plot.stat().st_size > 1000
+
+
+def test_quantize_resumes(model_dir, text_file, tmp_path, monkeypatch):
+    """An interrupted `--rounding gptq --resume` goes on and saves what a whole run saves."""
+    options = ["--recipe", "balanced", "--rounding", "gptq"]
+    assert _quantize(model_dir, text_file, tmp_path / "whole", *options) == 0
+    resume = [*options, "--resume", str(tmp_path / "work")]
+    rounds = []
+
+    def interrupt(*args, f=convert_blocks.prepare_rounding):
+        rounds.append(1)
+        if len(rounds) == 5:
+            raise KeyboardInterrupt
+        return f(*args)
+
+    monkeypatch.setattr(convert_blocks, "prepare_rounding", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        _quantize(model_dir, text_file, tmp_path / "resumed", *resume)
+    assert not (tmp_path / "resumed").exists()
+    assert _quantize(model_dir, text_file, tmp_path / "resumed", *resume) == 0
+    assert len(rounds) == 5 + 4  # the second block alone
+    whole, resumed = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed")
+    )
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert _quantize(model_dir, text_file, tmp_path / "other", "--resume", resume[-1]) == 2
 
 
 def test_eval_tasks(model_dir, tmp_path, capsys):

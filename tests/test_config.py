@@ -21,7 +21,7 @@ NAN = float("nan")
 @pytest.mark.parametrize(
     "field, value, message",
     [
-        ("recipe", "best", r"recipe must be one of \('auto', .*got 'best'"),
+        ("recipe", "first", r"recipe must be one of \('auto', .*got 'first'"),
         ("selection", "random", r"selection must be one of \('energy', 'threshold', .*'random'"),
         ("channel_order", "sorted", r"channel_order must be one of \('none', 'amax', .*'sorted'"),
         ("granularity", "row", r"granularity must be one of \('block', 'channel', .*'row'"),
@@ -40,6 +40,10 @@ NAN = float("nan")
         ("exchange_rate", "much", r"exchange_rate must be >= 0 or 'inf', got 'much'"),
         ("num_act_channels", 24, r"num_act_channels must be a non-negative multiple of 16, got 24"),
         ("num_act_channels", 16.0, r"num_act_channels must be .*got 16.0"),
+        ("rounding", "up", r"rounding must be one of \('nearest', 'gptq', .*'up'"),
+        ("layer_weights", "some", r"layer_weights must be one of \('equal', 'measured', .*'some'"),
+        ("damping", 0, r"damping is relative .*more than 0 and at most 10, got 0"),
+        ("damping", NAN, r"damping is relative .*got nan"),
         ("num_weight_channels", -16, r"num_weight_channels must be .*got -16"),
     ],
 )
@@ -148,3 +152,21 @@ def test_a_config_never_carries_the_model_away():
     model(model[0].weight.detach())
     torchao_quantize_(model, ARCConfig(recipe="balanced", step="convert"))
     assert "_session" not in vars(config)
+
+
+@pytest.mark.parametrize(
+    "settings, hessian, weighs",
+    [
+        ({}, False, False),
+        ({"recipe": "best"}, True, True),
+        ({"recipe": "best", "rounding": "nearest", "weight_scale": "amax"}, False, True),
+        ({"recipe": "plain", "rounding": "gptq"}, True, False),
+        ({"weight_scale": "local_hessian"}, True, False),
+        ({"recipe": "best", "num_act_channels": 16}, True, False),  # nothing competes
+    ],
+)
+def test_what_needs_hessians_and_layer_weights(settings, hessian, weighs):
+    config = ARCConfig(**settings)
+    assert (config.needs_hessian, config.weighs_layers) == (hessian, weighs)
+    assert config.needs_calibration or not hessian
+    assert ARCConfig(recipe="best").searched == ARCConfig().searched

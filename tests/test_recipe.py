@@ -203,4 +203,4 @@ def test_weights_come_back_when_the_forward_raises():
 def test_only_so_many_tokens_are_searched(monkeypatch, sizes, kept):
     monkeypatch.setattr(recipe_module, "SEARCH_TOKENS", 100)
     data = [torch.zeros(1, n, dtype=torch.long) for n in sizes]
-    assert len(recipe_module._some(data)) == kept
+    assert len(recipe_module.search_batches(data)) == kept

@@ -48,6 +48,26 @@ def test_the_search_finds_the_best_of_its_candidates(importance):
     assert (error(blocks, chosen, importance) <= best * (1 + 1e-5)).all()  # sums are fp32
 
 
+def test_the_local_hessian_weighs_errors_together():
+    """The best of the candidates by e H e^T; its diagonal alone gives what "mse" gives."""
+    blocks, generator = weight_blocks(), torch.Generator().manual_seed(4)
+    x = torch.randn(8, 40, 16, generator=generator) @ torch.randn(8, 16, 16, generator=generator)
+    hessian = x.transpose(1, 2) @ x
+    chosen = scale_search.choose_scales(blocks, "local_hessian", hessian)
+
+    def cost(scale: Tensor) -> Tensor:
+        left = nvfp4.decode_blocks(nvfp4.encode_blocks(blocks, scale), scale) - blocks
+        return torch.einsum("nbi,bij,nbj->nb", left.double(), hessian.double(), left.double())
+
+    best = torch.stack([cost(scale) for scale in candidates(blocks)]).amin(0)
+    assert (cost(chosen) <= best * (1 + 1e-4) + 1e-12).all()
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    mse = scale_search.choose_scales(blocks, "mse", diagonal)
+    assert torch.equal(scale_search.choose_scales(blocks, "mse", hessian), mse)
+    assert torch.equal(scale_search.choose_scales(blocks, "local_hessian", diagonal), mse)
+    assert not torch.equal(chosen, mse)
+
+
 @pytest.mark.parametrize("importance", [None, importances()], ids=["equal", "weighted"])
 def test_the_search_is_never_worse_than_amax(importance):
     """And clearly better on the whole, or it would not be worth its time."""

@@ -60,8 +60,8 @@ def test_the_model_learned_english(shipped):
 
 
 @pytest.mark.slow
-def test_ours_closes_forty_percent_and_beats_the_papers(shipped, batches):
-    """At 10 % extra channels, against plain NVFP4's KL, on held-out text."""
+def test_ours_closes_forty_percent_the_best_fifty_five(shipped, batches):
+    """At 10 % extra channels, against plain NVFP4's KL, on held-out text; the paper's, less."""
     model, tokenizer = shipped
     text = read_text(HELDOUT_TEXT)
 
@@ -75,8 +75,10 @@ def test_ours_closes_forty_percent_and_beats_the_papers(shipped, batches):
     plain = mean_kl(ARCConfig(budget=0.0, recipe="plain"))
     paper = mean_kl(ARCConfig(budget=0.10, recipe="paper"))
     ours = mean_kl(ARCConfig(budget=0.10, recipe="balanced", **FOUND))
+    best = mean_kl(ARCConfig(budget=0.10, recipe="best", granularity="block", **FOUND))
     assert 1 - ours / plain >= 0.40
-    assert ours < paper < plain
+    assert 1 - best / plain >= 0.55
+    assert best < ours < paper < plain
 
 
 def test_demo_writes_its_table_and_plot(tmp_path, monkeypatch):

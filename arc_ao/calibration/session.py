@@ -37,6 +37,7 @@ class CalibrationSession:
     plans: dict[str, Any] | None = None  # member name -> LayerPlan, made once at convert
     observing: bool = True  # off while candidates are tried on the same inputs
     analyses: tuple[Any, list[Any]] | None = None  # what was last analysed, and its result
+    layer_weights: dict[str, float] | None = None  # group's first member -> worth of its errors
 
     def attach(self, name: str, module: nn.Linear) -> None:
         """Start observing `module`."""
@@ -91,7 +92,7 @@ class CalibrationSession:
             detach(member.module)
 
     def _channel_orders(self) -> tuple[str, ...]:
-        if "channel_order" in self.config.searched:
+        if "channel_order" in self.config.searched or self.config.weighs_layers:
             return ("none", "amax")
         return (self.config.resolve().channel_order,)
 

@@ -1,5 +1,6 @@
 """From statistics to plans: analyse every weight once, then plan any number of configs from it."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -67,9 +68,18 @@ def analyse_session(
     return session.analyses[1]
 
 
-def make_plans(analyses: list[GroupAnalysis], config: ARCConfig) -> dict[str, LayerPlan]:
-    """Plan of every linear, by name, under a resolved config."""
-    selected = select([analysis.scores for analysis in analyses], config)
+def make_plans(
+    analyses: list[GroupAnalysis],
+    config: ARCConfig,
+    layer_weights: dict[str, float] | None = None,
+) -> dict[str, LayerPlan]:
+    """Plan of every linear, by name, under a resolved config.
+
+    Args:
+        layer_weights: name of a group's first linear -> worth of an error there, default 1.
+    """
+    scores = [_weighted(a.scores, layer_weights or {}) for a in analyses]
+    selected = select(scores, config)
     return {
         member.name: _plan(analysis, index, choice, config)
         for analysis, choice in zip(analyses, selected, strict=True)
@@ -242,6 +252,13 @@ def _scores(
         act_score=act_score,
         weight_score=weight_score,
         amax=zeros if act_amax is None else act_amax,
+    )
+
+
+def _weighted(scores: GroupScores, layer_weights: dict[str, float]) -> GroupScores:
+    weight = layer_weights.get(scores.names[0], 1.0)
+    return dataclasses.replace(
+        scores, act_score=scores.act_score * weight, weight_score=scores.weight_score * weight
     )
 
 

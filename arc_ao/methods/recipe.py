@@ -1,10 +1,10 @@
 """Measure what a model wants: `ARCConfig()` tries candidates and the model's output decides.
 
 For every candidate the calibration tokens run through the model with each linear quantized just
-before it is used and restored right after, so that trying costs the memory of one layer. The
-divergence of the output from the unquantized model (mean KL per token for logits, 1 - cosine for
-hidden states) ranks the candidates; among those within 5 % of the best, the one that costs least
-at run time wins.
+before it is used, rounded to nearest, and restored right after, so that trying costs the memory of
+one layer. The divergence of the output from the unquantized model (mean KL per token for logits,
+1 - cosine for hidden states) ranks the candidates; among those within 5 % of the best, the one
+that costs least at run time wins.
 """
 
 import dataclasses
@@ -76,7 +76,7 @@ def search_recipe(
     """
     observing, session.observing = session.observing, False
     try:
-        search = _Search(model, session, _some(batches), progress)
+        search = _Search(model, session, search_batches(batches), progress)
         searched = session.config.searched
         trials = search.measure([session.config.resolve()])
         for field, values in ROUNDS.items():
@@ -139,7 +139,8 @@ class _Search:
         ]
 
     def _plans(self, config: ARCConfig) -> dict[str, LayerPlan]:
-        return make_plans(analyse_session(self.session, config, progress=self.progress), config)
+        analyses = analyse_session(self.session, config, progress=self.progress)
+        return make_plans(analyses, config, self.session.layer_weights)
 
 
 @contextmanager
@@ -173,7 +174,7 @@ def quantized_on_the_fly(
             module.weight = weight
 
 
-def _some(batches: list[Batch | Tensor]) -> list[Batch | Tensor]:
+def search_batches(batches: list[Batch | Tensor]) -> list[Batch | Tensor]:
     """Evenly spaced batches of at most SEARCH_TOKENS tokens together: 1 to SEARCH_BATCHES."""
     tokens = [num_tokens(batch) for batch in batches]
     fitting = len(batches) * SEARCH_TOKENS // max(1, sum(tokens))

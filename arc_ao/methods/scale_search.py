@@ -6,17 +6,17 @@ and keeps, per block of 16, the scale with the least
     sum_k importance[k] * (w[k] - q[k] * s)^2
 
 where importance is E[x_k^2] on calibration data, or 1 without any. Every candidate is an e4m3
-value, so nothing is lost by rounding the winner. Ties go to the candidate nearest to amax.
+value, so nothing is lost by rounding the winner. Ties go to the candidate nearest to amax. The
+local Hessian instead weighs the error e of a block as a whole, e H e^T with H = E[x^T x] of the
+block's own 16 channels.
 """
-
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from arc_ao.config import WeightScale
 from arc_ao.formats import nvfp4
 
-WeightScale = Literal["amax", "mse", "four_over_six"]
 CODE_OFFSETS = sorted(range(-6, 7), key=abs)
 SMALLEST_CODE, LARGEST_CODE = 1, 0x7E  # 2^-9 and 448
 
@@ -26,8 +26,9 @@ def choose_scales(blocks: Tensor, method: WeightScale, importance: Tensor | None
 
     Args:
         blocks: fp32 [N, K/16, 16], already multiplied by the inverse outer scale.
-        method: "amax", "mse" (the search above) or "four_over_six".
-        importance: fp32 [K/16, 16], non-negative; only "mse" uses it.
+        method: "amax", "four_over_six", or the searches above, "mse" and "local_hessian".
+        importance: for the searches, fp32 [K/16, 16], E[x^2], or [K/16, 16, 16], E[x^T x] of each
+            block. "mse" reads only its diagonal; given a diagonal alone, both do the same.
 
     Returns:
         fp32 [N, K/16], every value an e4m3 value.
@@ -36,6 +37,8 @@ def choose_scales(blocks: Tensor, method: WeightScale, importance: Tensor | None
         return nvfp4.block_scale(blocks)
     if method == "four_over_six":
         return nvfp4.quantize_blocks(blocks, four_over_six=True).scale
+    if method == "mse" and importance is not None and importance.dim() == 3:
+        importance = importance.diagonal(dim1=1, dim2=2)
     return _search(blocks, importance)
 
 
@@ -46,10 +49,7 @@ def _search(blocks: Tensor, importance: Tensor | None) -> Tensor:
         code = (base + offset).clamp_(SMALLEST_CODE, LARGEST_CODE)
         scale = nvfp4.decode_e4m3(code.to(torch.uint8))
         error = nvfp4.decode_blocks(nvfp4.encode_blocks(blocks, scale), scale).sub_(blocks)
-        error.square_()
-        if importance is not None:
-            error.mul_(importance)
-        total = error.sum(-1)  # [N, K/16]
+        total = _weighted(error, importance)  # [N, K/16]
         if best_error is None:
             best_scale, best_error = scale, total
             continue
@@ -57,3 +57,13 @@ def _search(blocks: Tensor, importance: Tensor | None) -> Tensor:
         best_scale = torch.where(better, scale, best_scale)
         best_error = torch.where(better, total, best_error)
     return best_scale
+
+
+def _weighted(error: Tensor, importance: Tensor | None) -> Tensor:
+    """Cost of errors [N, K/16, 16] per block; overwrites them."""
+    if importance is None:
+        return error.square_().sum(-1)
+    if importance.dim() == 2:
+        return error.square_().mul_(importance).sum(-1)
+    weighted = torch.bmm(error.transpose(0, 1), importance).transpose(0, 1)
+    return error.mul_(weighted).sum(-1)

@@ -29,7 +29,7 @@ class LayerPlan:
 
     config: ARCConfig  # resolved
     amax: Tensor  # fp32 [], sets the outer scale, shared by the linears that share an input
-    scale: Tensor  # uint8 [N, K/16]
+    scale: Tensor | None  # uint8 [N, K/16]; None: chosen when the weight is quantized
     act_blocks: Tensor  # int32 [Ra]
     weight_blocks: Tensor  # int32 [Rw]
     channel_order: Tensor | None = None  # int32 [K]
@@ -84,7 +84,10 @@ def analyse_weight(
 
 def quantize_weight(weight: Tensor, plan: LayerPlan) -> ARCTensor:
     """Quantize weight [N, K] as planned."""
-    inverse = nvfp4.inverse_outer_scale(plan.amax)
+    inverse, scale = nvfp4.inverse_outer_scale(plan.amax), plan.scale
+    if scale is None:
+        order, importance = plan.channel_order, plan.mean_square
+        scale = analyse_weight(weight, plan.amax, plan.config, order, importance).scale
     copied = 0 if plan.act_channels is None else plan.act_channels.shape[0] // nvfp4.BLOCK_SIZE
     stored = _num_blocks(weight) + copied + plan.weight_blocks.shape[0]
     qdata = weight.new_empty((weight.shape[0], stored * nvfp4.BLOCK_SIZE // 2), dtype=torch.uint8)
@@ -92,13 +95,18 @@ def quantize_weight(weight: Tensor, plan: LayerPlan) -> ARCTensor:
     for rows in nvfp4.row_chunks(weight, CHUNK_ELEMENTS):
         residual = plan.prepared.residual(weight, rows)
         ordered = in_order(residual, plan.channel_order) * inverse  # [n, K16]
-        parts = _stored_parts(ordered, plan.scale[rows], plan)
+        parts = _stored_parts(ordered, scale[rows], plan)
         qdata[rows] = nvfp4.pack(torch.cat([c.flatten(1) for c, _ in parts], dim=1))
         scales[rows] = nvfp4.encode_e4m3(torch.cat([s for _, s in parts], dim=1))
+    return assemble(weight, plan, qdata, scales)
+
+
+def assemble(weight: Tensor, plan: LayerPlan, qdata: Tensor, scale: Tensor) -> ARCTensor:
+    """ARCTensor of `weight` from its codes and scales under `plan`."""
     branch = plan.prepared.branches[0] if plan.prepared.branches else None
     return ARCTensor(
         qdata,
-        scales,
+        scale,
         nvfp4.outer_scale(plan.amax).reshape(1),
         plan.act_blocks,
         plan.weight_blocks,

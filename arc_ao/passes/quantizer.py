@@ -85,12 +85,21 @@ class ARCQuantizer(Quantizer):
 
     Attributes:
         skipped: linears left alone, by name, and why.
+
+    Raises:
+        ValueError: a config with rounding "gptq" or weight_scale "local_hessian".
     """
 
     def __init__(self, config: ARCConfig | None = None, filter_fn: NameFilter | None = None):
         super().__init__()
         config = ARCConfig() if config is None else config
         self.config = config.resolve()
+        if self.config.needs_hessian:
+            raise ValueError(
+                "ARCQuantizer: expected rounding='nearest' and a weight_scale other than "
+                "'local_hessian', found a config that quantizes block by block; use "
+                "arc_ao.quantize_ before torch.export"
+            )
         self.filter_fn = filter_fn
         self.skipped: dict[str, str] = {}
 

@@ -1,0 +1,75 @@
+"""E[x^T x] of what a linear's quantized weight meets, for rounding that looks at errors.
+
+x [M, A] is the input as it is dequantized at run time: base channels in plan order and padded,
+activation residual blocks added in, copied channels appended (A = K16 + copied). Sums are fp32,
+4 A^2 bytes.
+"""
+
+import torch
+from torch import Tensor
+
+from arc_ao.formats import nvfp4
+from arc_ao.methods.weights import LayerPlan, in_order
+from arc_ao.ops import quant_augment
+
+CHUNK_ELEMENTS = 1 << 19  # rows measured at a time: 2 MiB per fp32 temporary
+
+
+def effective_input(x: Tensor, plan: LayerPlan) -> Tensor:
+    """x [M, K] as the stored weight columns of `plan` meet it: fp32 [M, K16 + copied].
+
+    A column of an activation block meets the quantized value plus its quantized residual; the copy
+    of a column in `act_channels` meets that residual alone. A weight residual meets the quantized
+    value, which is the base column's input wherever the block has no activation residual too.
+    Scales and rotations of the input come before; activations in 16 bits are met as they are.
+    """
+    x = plan.prepared.transform_input(x).to(x.dtype)
+    if plan.config.activation == "bf16":
+        return in_order(x.float(), plan.channel_order)
+    qdata, scale, outer = quant_augment(
+        x,
+        plan.act_blocks,
+        plan.weight_blocks.new_empty(0),
+        plan.act_outer_scale,
+        plan.config.activation_scale,
+        channel_order=plan.channel_order,
+        act_channels=plan.act_channels,
+        four_over_six=plan.config.four_over_six,
+    )
+    values = nvfp4.decode(qdata, scale).mul_(outer.unsqueeze(1))
+    base = -(-x.shape[1] // nvfp4.BLOCK_SIZE) * nvfp4.BLOCK_SIZE
+    residual = plan.act_blocks.shape[0] * nvfp4.BLOCK_SIZE
+    blocks = nvfp4.to_blocks(values[:, :base]).clone()
+    blocks.index_add_(1, plan.act_blocks, nvfp4.to_blocks(values[:, base : base + residual]))
+    return torch.cat([blocks.flatten(1), values[:, base + residual :]], dim=1)
+
+
+class Gram:
+    """Running E[x^T x] of one input under a plan.
+
+    Attributes:
+        count: tokens seen.
+    """
+
+    def __init__(self, plan: LayerPlan) -> None:
+        self.plan = plan
+        self.count = 0
+        self._sum: Tensor | None = None
+
+    @torch.no_grad()
+    def add(self, x: Tensor, keep: Tensor | None = None) -> None:
+        """Add the tokens of x [*, K], those of a mask `keep` [*] where its shape fits."""
+        rows = x.reshape(-1, x.shape[-1])
+        if keep is not None and keep.shape == x.shape[:-1]:
+            rows = rows[keep.reshape(-1).bool()]
+        for chunk in rows.split(max(1, CHUNK_ELEMENTS // max(1, rows.shape[1]))):
+            met = effective_input(chunk, self.plan)
+            if self._sum is None:
+                self._sum = met.new_zeros((met.shape[1], met.shape[1]))
+            self._sum.addmm_(met.T, met)
+        self.count += rows.shape[0]
+
+    def take(self) -> Tensor | None:
+        """The mean, fp32 [A, A], handed over; None where no token was seen."""
+        total, self._sum = self._sum, None
+        return total.div_(self.count) if self.count else None

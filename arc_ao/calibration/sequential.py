@@ -1,0 +1,255 @@
+"""Quantize block by block, each linear on the inputs that the quantized ones before it produce.
+
+A decoder or encoder is a chain of equal blocks. Its first block's inputs are recorded once, with
+what every block is given besides the hidden states. Then block by block, and within a block input
+by input in the order of execution (q/k/v, o, gate/up, down):
+
+    run the block on all batches up to the input      E[x^T x] of what the weights will meet
+    quantize the linears that read it                 the sum is freed
+    ... and, when all are done, run the whole block   the next block's inputs
+
+Memory beyond the model: the hidden states of all calibration tokens in the model's dtype (tokens *
+hidden_size * 2 bytes in bf16), masks and position embeddings of every batch (which blocks share),
+and one input's sum at a time. A block runs once for each of its inputs and once more.
+
+A model without such a chain is one block: it runs as a whole for every input of its linears.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from arc_ao.calibration.data import Batch
+from arc_ao.calibration.gram import Gram
+from arc_ao.calibration.session import Member
+from arc_ao.calibration.work_dir import WorkDir
+from arc_ao.inference import evaluation_mode, run_model, without_cache
+from arc_ao.memory import release_memory
+from arc_ao.methods.weights import LayerPlan
+from arc_ao.tensor import ARCTensor
+
+HIDDEN = "hidden_states"
+
+
+class _Seen(Exception):
+    """Raised in a forward when nothing after this point is needed."""
+
+
+@dataclass
+class _Call:
+    """What a block is called with, less its hidden states."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+
+    def with_hidden(self, hidden: Tensor) -> tuple[tuple, dict[str, Any]]:
+        if HIDDEN in self.kwargs:
+            return self.args, self.kwargs | {HIDDEN: hidden}
+        return (hidden, *self.args[1:]), self.kwargs
+
+
+@dataclass
+class Recording:
+    """Inputs of a chain of blocks: [batch] hidden states of the current block, [batch][block]."""
+
+    blocks: list[nn.Module]
+    hidden: list[Tensor] = field(default_factory=list)
+    calls: list[list[_Call]] = field(default_factory=list)
+    last_output: Tensor | None = None
+    chained: bool = True
+
+    def before(self, index: int, args: tuple, kwargs: dict[str, Any]) -> None:
+        """A block is called; the first one's hidden states are kept, others must be passed on."""
+        hidden = kwargs.get(HIDDEN, args[0] if args else None)
+        if index == 0:
+            self.hidden.append(hidden)
+            self.calls.append([])
+        elif not self.calls or index != len(self.calls[-1]) or hidden is not self.last_output:
+            self.chained = False
+            return
+        if HIDDEN in kwargs:
+            kwargs = kwargs | {HIDDEN: None}
+        else:
+            args = (None, *args[1:])
+        self.calls[-1].append(_Call(args, kwargs))
+
+    def after(self, output: Any) -> None:
+        """What a block passes on."""
+        self.last_output = _first(output)
+
+    def complete(self, batches: int) -> bool:
+        """Whether every block ran once for every batch, on the output of the one before."""
+        lengths = [len(calls) for calls in self.calls]
+        return self.chained and lengths == [len(self.blocks)] * batches
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def find_blocks(model: nn.Module, linears: list[nn.Linear]) -> list[nn.Module]:
+    """Modules of the ModuleList of one class that holds most of `linears`, or none.
+
+    Among equals the outermost counts: a list of experts inside a layer is not the chain.
+    """
+    wanted, best, most = {id(linear) for linear in linears}, [], 0
+    for module in model.modules():
+        if not isinstance(module, nn.ModuleList) or len({type(m) for m in module}) != 1:
+            continue
+        held = [sum(id(m) in wanted for m in block.modules()) for block in module]
+        if sum(held) > most and not isinstance(module[0], nn.Linear):
+            best, most = list(module), sum(held)
+    return best
+
+
+def quantize_sequentially(
+    model: nn.Module,
+    batches: list[Batch | Tensor],
+    groups: list[list[Member]],
+    plan_of: Callable[[Member], LayerPlan],
+    convert: Callable[[list[Member], Gram | None], None],
+    finish: Callable[[Member, ARCTensor], None],
+    *,
+    work: WorkDir | None = None,
+    progress: bool = True,
+) -> None:
+    """Convert the linears inside the model's blocks, in the order of execution.
+
+    Args:
+        groups: linears by shared input, from the ordinary calibration.
+        plan_of: plan of a linear that is not converted yet.
+        convert: quantizes the linears of one input in place, given E[x^T x], or None where their
+            plan needs none.
+        finish: puts one quantized weight in its place.
+        work: finished blocks to take over, and where to keep new ones.
+    """
+    linears = [member.module for group in groups for member in group]
+    with evaluation_mode(model), torch.no_grad(), without_cache(model):
+        chain = _record(model, find_blocks(model, linears), batches, linears)
+        bar = tqdm(range(len(chain.blocks)), desc="blocks", disable=not progress, leave=False)
+        for index in bar:
+            inside = chain.groups(index, groups)
+            members = [member for group in inside for member in group]
+            kept = None if work is None else work.load_block(index)
+            if kept is not None:
+                for member in members:
+                    finish(member, kept[member.name])
+            else:
+                for group in inside:
+                    convert(group, chain.gather(index, group[0].module, plan_of(group[0])))
+                if work is not None:
+                    work.save_block(index, {m.name: m.module.weight.data for m in members})
+            chain.advance(index)
+
+
+@dataclass
+class _Chain:
+    """Blocks, the inputs of the current one, and when each linear runs."""
+
+    blocks: list[nn.Module]
+    recording: Recording | None  # None: the only block is the model
+    batches: list[Batch | Tensor]
+    times: dict[nn.Module, int]  # calls in one forward, linears in the order of execution
+
+    def groups(self, index: int, groups: list[list[Member]]) -> list[list[Member]]:
+        """Groups of one block in the order of execution."""
+        inside = set(self.blocks[index].modules())
+        parts = [[m for m in group if m.module in inside] for group in groups]
+        rank = {module: i for i, module in enumerate(self.times)}
+        last = len(rank)
+        return sorted(
+            (part for part in parts if part), key=lambda part: rank.get(part[0].module, last)
+        )
+
+    def gather(self, index: int, linear: nn.Module, plan: LayerPlan) -> Gram | None:
+        """E[x^T x] of the inputs of `linear` over all batches, where its plan needs it.
+
+        Padding that a batch's attention_mask drops does not count.
+        """
+        if not plan.config.needs_hessian:
+            return None
+        gram, left, mask = Gram(plan), 0, None
+
+        def see(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            nonlocal left
+            gram.add(args[0] if args else kwargs["input"], mask)
+            left -= 1
+            if left == 0:
+                raise _Seen
+
+        handle = linear.register_forward_pre_hook(see, with_kwargs=True)
+        try:
+            for i, batch in enumerate(self.batches):
+                left = self.times.get(linear, 0)
+                mask = batch.get("attention_mask") if isinstance(batch, dict) else None
+                self._run(index, i)
+        finally:
+            handle.remove()
+        return gram
+
+    def advance(self, index: int) -> None:
+        """Replace the inputs by the outputs of block `index`."""
+        if self.recording is None or index + 1 == len(self.blocks):
+            return
+        for i in range(len(self.batches)):
+            self.recording.hidden[i] = _first(self._run(index, i))
+            release_memory()
+
+    def _run(self, index: int, batch: int) -> Any:
+        try:
+            if self.recording is None:
+                return run_model(self.blocks[0], self.batches[batch])
+            hidden = self.recording.hidden[batch]
+            args, kwargs = self.recording.calls[batch][index].with_hidden(hidden)
+            return self.blocks[index](*args, **kwargs)
+        except _Seen:
+            return None
+
+
+def _record(
+    model: nn.Module,
+    blocks: list[nn.Module],
+    batches: list[Batch | Tensor],
+    linears: list[nn.Linear],
+) -> _Chain:
+    """Run the model once on all batches and keep what its blocks are called with."""
+    recording, times = Recording(blocks), {}
+    with _hooks(recording, linears, times) as counts:
+        for batch in batches:
+            counts.clear()
+            run_model(model, batch)
+            for linear, count in counts.items():
+                times[linear] = max(times.get(linear, 0), count)
+            release_memory()
+    if blocks and recording.complete(len(batches)):
+        return _Chain(blocks, recording, batches, times)
+    return _Chain([model], None, batches, times)
+
+
+@contextmanager
+def _hooks(
+    recording: Recording, linears: list[nn.Linear], times: dict[nn.Module, int]
+) -> Iterator[dict[nn.Module, int]]:
+    """Inside, calls of blocks are recorded and calls of linears counted."""
+    counts: dict[nn.Module, int] = {}
+    handles = []
+
+    def count(module: nn.Module, args: tuple) -> None:
+        counts[module] = counts.get(module, 0) + 1
+
+    for index, block in enumerate(recording.blocks):
+        before = lambda _, args, kwargs, i=index: recording.before(i, args, kwargs)
+        handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(block.register_forward_hook(lambda *call: recording.after(call[-1])))
+    for linear in linears:
+        handles.append(linear.register_forward_pre_hook(count))
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()

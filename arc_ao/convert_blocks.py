@@ -1,0 +1,79 @@
+"""Convert linears block by block, rounded with the Hessians of their inputs.
+
+The steps between calibration/sequential.py, which says what runs when, and methods/gptq.py.
+"""
+
+from collections.abc import Callable, Iterator
+
+from torch import Tensor, nn
+
+from arc_ao.calibration.data import Batch
+from arc_ao.calibration.gram import Gram
+from arc_ao.calibration.sequential import quantize_sequentially
+from arc_ao.calibration.session import CalibrationSession, Member, detach
+from arc_ao.calibration.work_dir import WorkDir
+from arc_ao.memory import release_memory
+from arc_ao.methods.gptq import prepare_rounding, round_weight
+from arc_ao.methods.weights import LayerPlan, quantize_weight
+from arc_ao.ops.backends import preferred_layout
+from arc_ao.tensor import ARCTensor
+
+
+def convert_blocks(
+    model: nn.Module,
+    sessions: list[CalibrationSession],
+    batches: list[Batch | Tensor],
+    swap_weight: Callable[[nn.Linear, ARCTensor], None],
+    *,
+    work: WorkDir | None = None,
+    progress: bool = True,
+) -> None:
+    """Convert every linear inside the model's blocks; linears outside keep their plans.
+
+    An interrupt leaves the linears it did not reach unquantized and without observers.
+
+    Args:
+        sessions: calibrated and planned.
+        swap_weight: puts a quantized weight in its place.
+        work: finished blocks to take over, and where to keep new ones.
+    """
+    owners = {m.module: session for session in sessions for m in session.members}
+    groups = [group for session in sessions for group in session.groups()]
+
+    def plan_of(member: Member) -> LayerPlan:
+        return owners[member.module].plans[member.name]
+
+    def convert(group: list[Member], gram: Gram | None) -> None:
+        for member, tensor in zip(group, _quantized(group, plan_of, gram), strict=True):
+            finish(member, tensor)
+
+    def finish(member: Member, tensor: ARCTensor) -> None:
+        del owners[member.module].plans[member.name]
+        detach(member.module)
+        swap_weight(member.module, tensor.to_layout(preferred_layout(tensor.device)))
+        release_memory()
+
+    try:
+        quantize_sequentially(
+            model, batches, groups, plan_of, convert, finish, work=work, progress=progress
+        )
+    except BaseException:
+        for module in owners:
+            detach(module)
+        raise
+
+
+def _quantized(
+    group: list[Member], plan_of: Callable[[Member], LayerPlan], gram: Gram | None
+) -> Iterator[ARCTensor]:
+    """Weights of the linears that read one input, each made when it is asked for."""
+    first = plan_of(group[0])
+    rounding = None
+    if first.config.needs_hessian:
+        rounding = prepare_rounding(gram.take, first, [member.name for member in group])
+    for member in group:
+        weight, plan = member.module.weight.detach(), plan_of(member)
+        if rounding is None:
+            yield quantize_weight(weight, plan)
+        else:
+            yield round_weight(weight, plan, rounding)

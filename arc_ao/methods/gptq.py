@@ -1,0 +1,204 @@
+"""GPTQ: round a weight column by column, later columns making up for the error of earlier ones.
+
+Rounding w [K] of one output row to q costs, on inputs x with H = E[x^T x],
+
+    (w - q) H (w - q)^T = |(w - q) R|^2,    H = R R^T, R upper triangular in processing order.
+
+Component i of (w - q) R holds columns 0..i only. Taken in order, the grid point next to
+
+    v_i = w_i + sum_{j < i} (w_j - q_j) R[j, i] / R[i, i]
+
+makes component i as small as it can be. This equals GPTQ (arXiv 2210.17323), whose update with the
+Cholesky factor of the inverse is the same elimination, and needs no inverse. Feedback from columns
+of earlier groups of COLUMNS is one matrix product per group.
+
+Fixed beforehand: block scales, and the order. Columns with a residual come last and the others by
+falling H[i, i]; a column of a residual block is one whose quantizer has two stages, and only what
+both leave is an error. Its grid is some ten times finer, so that what ends there costs little.
+Copied columns are columns of their own, whose input is the quantized activation residual. Damping
+adds to the diagonal, `damping` times its mean, against directions that calibration has not seen.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from arc_ao.formats import nvfp4
+from arc_ao.methods.scale_search import choose_scales
+from arc_ao.methods.weights import LayerPlan, assemble, in_order
+from arc_ao.tensor import ARCTensor
+
+COLUMNS = 128  # rounded before their feedback to the other groups is one matrix product
+CHUNK_ELEMENTS = 1 << 21  # rows rounded at a time: 8 MiB per fp32 temporary
+SCALE_ELEMENTS = 1 << 18  # rows whose scales are searched at a time: 1 MiB
+RETRIES = 4  # each with ten times the damping
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What rounding the weights of one input needs of its tokens, A = K16 + copied columns."""
+
+    order: Tensor  # int64 [A], columns from the last rounded to the first
+    lower: Tensor | None  # fp32 [A, A], H[order][:, order] = lower lower^T; None: to nearest
+    local: Tensor  # fp32 [A/16, 16, 16], diagonal blocks of H in plan order
+
+
+def prepare_rounding(
+    take: Callable[[], Tensor | None], plan: LayerPlan, names: list[str]
+) -> Rounding | None:
+    """Factorize H for linears of one input.
+
+    Where no token was seen or damping does not make H positive definite, a warning names the
+    layers, and they are rounded to nearest.
+
+    Args:
+        take: hands over H, fp32 [A, A] (see calibration/gram.py), or None. A function, so that
+            nobody holds H while its factor is made: two such matrices are the most there are.
+        names: of the linears, for warnings.
+    """
+    gram = take()
+    if gram is None or not torch.isfinite(gram).all():
+        found = "no token" if gram is None else "NaN or Inf"
+        _warn_nearest(names, f"expected finite calibration inputs, found {found}")
+        return None
+    local, diagonal = _diagonal_blocks(gram), gram.diagonal().clone()
+    order, lower = _order(diagonal, plan), None
+    if plan.config.rounding == "gptq" and diagonal.amax() > 0:
+        gram = gram.index_select(0, order)
+        gram = gram.index_select(1, order)
+        mean = diagonal[diagonal > 0].mean().item()  # of live channels
+        lower = _factorize(gram, plan.config.damping * mean)
+        if lower is None:
+            _warn_nearest(names, "the damped Hessian is not positive definite")
+    return Rounding(order, lower, local)
+
+
+def _warn_nearest(names: list[str], reason: str) -> None:
+    warnings.warn(f"{', '.join(names)}: {reason}; rounding to nearest instead", stacklevel=3)
+
+
+def _diagonal_blocks(gram: Tensor) -> Tensor:
+    """[A/16, 16, 16]"""
+    blocks = gram.unflatten(0, (-1, nvfp4.BLOCK_SIZE)).unflatten(2, (-1, nvfp4.BLOCK_SIZE))
+    return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+
+
+def _order(diagonal: Tensor, plan: LayerPlan) -> Tensor:
+    """Columns from the last rounded to the first: with residual, then by rising diagonal."""
+    fine = torch.zeros_like(diagonal, dtype=torch.bool)
+    nvfp4.to_blocks(fine)[plan.weight_blocks.long()] = True
+    by_diagonal = torch.argsort(diagonal, descending=True, stable=True)
+    first_to_last = torch.cat([by_diagonal[~fine[by_diagonal]], by_diagonal[fine[by_diagonal]]])
+    return first_to_last.flip(0)
+
+
+def _factorize(hessian: Tensor, damping: float) -> Tensor | None:
+    """Lower Cholesky factor of `hessian` + damping, or None; overwrites the diagonal."""
+    for attempt in range(RETRIES):
+        hessian.diagonal().add_(damping * 10**attempt)
+        lower, info = torch.linalg.cholesky_ex(hessian)
+        if info.item() == 0 and torch.isfinite(lower.diagonal()).all():
+            return lower
+    return None
+
+
+def round_weight(weight: Tensor, plan: LayerPlan, rounding: Rounding) -> ARCTensor:
+    """Quantize weight [N, K] as planned, with fixed scales and error feedback."""
+    inverse = nvfp4.inverse_outer_scale(plan.amax)
+    columns = rounding.order.shape[0]
+    qdata, scales = [], []
+    for rows in nvfp4.row_chunks(weight.new_empty((weight.shape[0], columns)), CHUNK_ELEMENTS):
+        residual = plan.prepared.residual(weight, rows)
+        target = in_order(residual, plan.channel_order) * inverse  # [n, K16]
+        if plan.act_channels is not None:
+            target = torch.cat([target, target.index_select(1, plan.act_channels)], dim=1)
+        codes, scale = _round_rows(target, plan, rounding)
+        qdata.append(nvfp4.pack(codes))
+        scales.append(nvfp4.encode_e4m3(scale))
+    return assemble(weight, plan, torch.cat(qdata), torch.cat(scales))
+
+
+def _round_rows(target: Tensor, plan: LayerPlan, rounding: Rounding) -> tuple[Tensor, Tensor]:
+    """Codes [n, A + 16 Rw] and block scales [n, A/16 + Rw] of outer-scaled rows target [n, A]."""
+    parts = [
+        _scales(nvfp4.to_blocks(target[rows]), plan, rounding.local)
+        for rows in nvfp4.row_chunks(target, SCALE_ELEMENTS)
+    ]
+    scale, fine = (torch.cat(part) for part in zip(*parts, strict=True))
+    codes, fine_codes = _round_columns(target, scale, fine, plan.weight_blocks, rounding)
+    return torch.cat([codes, fine_codes], dim=1), torch.cat([scale, fine], dim=1)
+
+
+def _scales(blocks: Tensor, plan: LayerPlan, local: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales of blocks [n, A/16, 16] and of what they leave in the residual blocks."""
+    method, chosen = plan.config.weight_scale, plan.weight_blocks
+    scale = choose_scales(blocks, method, local)
+    kept, kept_scale = blocks.index_select(1, chosen), scale.index_select(1, chosen)
+    residual = kept - nvfp4.decode_blocks(nvfp4.encode_blocks(kept, kept_scale), kept_scale)
+    return scale, choose_scales(residual, method, local[chosen.long()])
+
+
+def _round_columns(
+    target: Tensor, scale: Tensor, fine: Tensor, chosen: Tensor, rounding: Rounding
+) -> tuple[Tensor, Tensor]:
+    """Codes of target [n, A] and of the residual blocks `chosen`, the error of both fed back.
+
+    Columns are rows here: what one step reads lies together.
+    """
+    lower, columns = rounding.lower, rounding.order.tolist()
+    grid = _Grid(scale, fine, chosen)
+    values = target.T[rounding.order]  # [A, n]
+    if lower is None:
+        for column, value in zip(columns, values, strict=True):
+            grid.round(column, value)
+        return grid.codes.T, grid.fine_codes.T
+    errors, inverse = torch.zeros_like(values), lower.diagonal().reciprocal().tolist()
+    for stop in range(len(columns), 0, -COLUMNS):
+        start = max(0, stop - COLUMNS)
+        feedback = lower[stop:, start:stop].T @ errors[stop:]  # [COLUMNS, n]
+        for i in range(stop - 1, start - 1, -1):
+            value = values[i] + feedback[i - start] * inverse[i]
+            torch.sub(values[i], grid.round(columns[i], value), out=errors[i])
+            feedback[: i - start].addr_(lower[i, start:i], errors[i])
+    return grid.codes.T, grid.fine_codes.T
+
+
+class _Grid:
+    """Rounds columns [n] under scales [n, A/16]; those of `chosen` blocks twice, under `fine`.
+
+    Attributes:
+        codes: uint8 [A, n]; fine_codes: uint8 [16 Rw, n], of the second rounding.
+    """
+
+    def __init__(self, scale: Tensor, fine: Tensor, chosen: Tensor) -> None:
+        rows, blocks = scale.shape
+        self.scales, self.fine_scales = _with_inverse(scale), _with_inverse(fine)
+        self.stage = {block: i for i, block in enumerate(chosen.tolist())}
+        every_code = torch.arange(16, dtype=torch.uint8, device=scale.device)
+        self.values = nvfp4.decode_e2m1(every_code)
+        self.codes = every_code.new_empty((blocks * nvfp4.BLOCK_SIZE, rows))
+        self.fine_codes = every_code.new_empty((len(self.stage) * nvfp4.BLOCK_SIZE, rows))
+
+    def round(self, column: int, value: Tensor) -> Tensor:
+        """Keep the codes of a column and return what they stand for."""
+        block, within = divmod(column, nvfp4.BLOCK_SIZE)
+        self.codes[column], rounded = self._nearest(value, *self.scales[block])
+        if block not in self.stage:
+            return rounded
+        stage = self.stage[block]
+        codes, correction = self._nearest(value - rounded, *self.fine_scales[stage])
+        self.fine_codes[stage * nvfp4.BLOCK_SIZE + within] = codes
+        return rounded + correction
+
+    def _nearest(self, value: Tensor, scale: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+        codes = nvfp4.encode_e2m1(value * inverse)
+        return codes, self.values[codes.int()] * scale
+
+
+def _with_inverse(scale: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Scales [n] of each block with their reciprocals, of scales [n, blocks]."""
+    by_block = scale.T.contiguous()
+    return list(zip(by_block, by_block.reciprocal(), strict=True))

@@ -1,0 +1,48 @@
+"""What calibration and search found, kept in a work folder and taken over from it."""
+
+from torch import Tensor
+from torchao.core.config import config_from_dict, config_to_dict
+
+from arc_ao.calibration.session import CalibrationSession, observer_on
+from arc_ao.calibration.work_dir import WorkDir
+from arc_ao.methods.recipe import Trial
+
+
+def save_sessions(
+    work: WorkDir, sessions: list[CalibrationSession], trials: list[list[Trial]]
+) -> None:
+    """Keep the statistics, the layer weights and the trials of calibrated sessions."""
+    measured = [
+        {
+            "layer_weights": session.layer_weights,
+            "trials": [(config_to_dict(t.config), t.divergence) for t in found],
+        }
+        for session, found in zip(sessions, trials, strict=True)
+    ]
+    tensors = {key: buffer for session in sessions for key, buffer in _buffers(session).items()}
+    work.save_calibration(tensors, measured)
+
+
+def load_sessions(work: WorkDir, sessions: list[CalibrationSession]) -> list[list[Trial]] | None:
+    """Fill prepared sessions with what `save_sessions` kept; their trials, or None."""
+    loaded = work.load_calibration()
+    if loaded is None:
+        return None
+    tensors, measured = loaded
+    for session, found in zip(sessions, measured, strict=True):
+        session.layer_weights = found["layer_weights"]
+        for key, buffer in _buffers(session).items():
+            buffer.copy_(tensors[key])
+    return [
+        [Trial(config_from_dict(config), divergence) for config, divergence in found["trials"]]
+        for found in measured
+    ]
+
+
+def _buffers(session: CalibrationSession) -> dict[str, Tensor]:
+    """Statistics of every linear by its name."""
+    return {
+        f"{member.name}.{name}": buffer
+        for member in session.members
+        for name, buffer in observer_on(member.module).named_buffers()
+    }

@@ -1,0 +1,113 @@
+"""Time and peak memory of GPTQ, block by block: the model, two layers and one block's Hessians.
+
+    python benchmarks/gptq_memory.py                    # random-weight Llama of about 1 GB
+    python benchmarks/gptq_memory.py --layers 4         # a smaller one
+
+Measured like peak_memory.py, whose options it shares, in a fresh process:
+
+    Hessians = 4 bytes * sum of in_features^2 over the inputs of one block (q/k/v, o, gate/up, down)
+    bound    = rest + 2 decoder layers + Hessians + activations of one batch + hidden states
+    PASS     peak of quantize_ <= bound
+
+Hidden states are those of all calibration tokens between two blocks, tokens * hidden * 2 bytes.
+Exits with 1 on FAIL. The last line of stdout is one JSON document.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from typing import Any
+
+import peak_memory
+import torch
+from peak_memory import MIB, VOCABULARY, build_model, bytes_of, peak_of, settle
+from rich.console import Console
+from rich.table import Table
+
+from arc_ao import ARCConfig, quantize_
+from arc_ao.env import env_report
+
+ROWS = {
+    "model_bytes": "model",
+    "layer_bytes": "one decoder layer",
+    "hessian_bytes": "Hessians of one block",
+    "activation_bytes": "activations of one batch",
+    "hidden_bytes": "hidden states of all tokens",
+    "rest_bytes": "resident before quantize_ (libraries and model)",
+    "bound_bytes": "bound: that + 2 layers + Hessians + activations + hidden states",
+    "peak_bytes": "peak during quantize_",
+    "after_bytes": "resident afterwards",
+}
+
+
+def quantize(model: torch.nn.Module, batches: list[torch.Tensor], args: argparse.Namespace) -> None:
+    config = ARCConfig(budget=args.budget, recipe=args.recipe, rounding="gptq")
+    quantize_(model, config, calibration_data=batches, progress=sys.stderr.isatty())
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Build, run, quantize in this process; all figures in bytes."""
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    batches = [torch.randint(VOCABULARY, (1, args.tokens)) for _ in range(args.batches)]
+    quantize(build_model(256, 512, layers=1), batches[:1], args)  # reads all code
+    model = build_model(args.hidden, args.intermediate, args.layers)
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(batches[0], use_cache=False)
+
+    forward()
+    before_forward = settle()
+    figures = {
+        "model_bytes": bytes_of(model),
+        "layer_bytes": bytes_of(model.model.layers[0]),
+        "hessian_bytes": 4 * (3 * args.hidden**2 + args.intermediate**2),
+        "activation_bytes": peak_of(forward) - before_forward,
+        "hidden_bytes": 2 * args.hidden * args.tokens * args.batches,
+        "rest_bytes": settle(),
+    }
+    once = ("rest_bytes", "hessian_bytes", "activation_bytes", "hidden_bytes")
+    bound = 2 * figures["layer_bytes"] + sum(figures[name] for name in once)
+    start = time.perf_counter()
+    peak = peak_of(lambda: quantize(model, batches, args))
+    seconds = time.perf_counter() - start
+    passed = {"quantize_seconds": seconds, "passed": peak <= bound}
+    return figures | {"bound_bytes": bound, "peak_bytes": peak, "after_bytes": settle()} | passed
+
+
+def print_table(figures: dict[str, Any], title: str) -> None:
+    """The figures in MiB, the time and the verdict."""
+    table = Table("", title=title)
+    table.add_column("MiB", justify="right")
+    for key, name in ROWS.items():
+        table.add_row(name, f"{figures[key] / MIB:.1f}")
+    console = Console(width=100)
+    console.print(table)
+    verdict = "PASS" if figures["passed"] else "FAIL"
+    console.print(f"{verdict}, {figures['quantize_seconds']:.0f} s")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = peak_memory.parser(__doc__.splitlines()[0])
+    parser.add_argument("--batches", type=int, default=4)
+    args = parser.parse_args(argv)
+    if args.in_this_process:
+        print(json.dumps(measure(args)))
+        return 0
+    command = [sys.executable, __file__, *(sys.argv[1:] if argv is None else argv)]
+    child = subprocess.run(
+        [*command, "--in-this-process"], stdout=subprocess.PIPE, text=True, check=True
+    )
+    figures = json.loads(child.stdout.splitlines()[-1])
+    print_table(figures, f"peak memory of GPTQ, recipe {args.recipe!r}, budget {args.budget:.0%}")
+    arguments = {k: v for k, v in vars(args).items() if k != "in_this_process"}
+    header = {"arguments": arguments, "versions": env_report()["versions"], "threads": args.threads}
+    print(json.dumps({"benchmark": "gptq_memory", **header, **figures}))
+    return 0 if figures["passed"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
