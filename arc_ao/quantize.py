@@ -121,6 +121,8 @@ def _calibrate_and_resolve(
     for config, modules in groups:
         _apply(model, config.with_step("prepare"), modules)
     sessions = [observer_on(next(iter(modules.values()))).session for _, modules in groups]
+    if any(session.config.sample_tokens for session in sessions):
+        work = None  # rows of the inputs are not kept there: they are gathered anew
     measured = None if work is None else load_sessions(work, sessions)
     if batches is not None and measured is None:
         for session in sessions:

@@ -132,13 +132,13 @@ def test_model_benchmark_runs():
 
 @pytest.mark.slow
 def test_compiler_benchmark_counts_and_packs():
-    """Two small layers; the counts, the recompilations and the package do not depend on sizes."""
-    sizes = ["--layers", "2", "--hidden", "256", "--rounds", "1", "--threads", "1"]
+    """One small layer; the counts, the recompilations and the package do not depend on sizes."""
+    sizes = ["--layers", "1", "--hidden", "256", "--rounds", "0", "--threads", "1"]
     command = [sys.executable, BENCHMARKS / "bench_compiler.py", *sizes]
     environment = os.environ | {"PYTHONPATH": str(BENCHMARKS.parent)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     lines = json.loads(done.stdout.splitlines()[-1])["acceptance"]
-    timed = {"seconds of the passes, 32 layers", 'compile time, backend "arc" over plain'}
-    assert timed < {line["name"] for line in lines} and len(lines) == 13
-    assert all(line["verdict"] == "PASS" for line in lines if line["name"] not in timed)
+    verdicts = {line["name"]: line["verdict"] for line in lines}
+    assert verdicts.pop('compile time, backend "arc" over plain') == "not measured"
+    assert len(verdicts) == 12 and set(verdicts.values()) == {"PASS"}

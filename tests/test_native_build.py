@@ -123,4 +123,5 @@ def test_the_report_says_why_there_is_no_library(monkeypatch, tmp_path):
         native.load()
     for operator in backends.OPERATORS:
         assert report[operator]["backend"] == "eager"
-        assert "without a C++ compiler" in report[operator]["reason"]
+        if operator != backends.WEIGHT_ONLY:  # which has no native kernel anyway
+            assert "without a C++ compiler" in report[operator]["reason"]
