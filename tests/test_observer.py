@@ -11,8 +11,8 @@ from torch import nn
 
 from arc_ao import ARCConfig, ARCTensor, quantize_
 from arc_ao.calibration import observer as observer_module
+from arc_ao.calibration.input_sample import InputSample
 from arc_ao.calibration.observer import ARCObserver, sorted_order
-from arc_ao.calibration.residual_gram import InputSample
 from arc_ao.calibration.session import observer_on
 from arc_ao.formats import nvfp4
 

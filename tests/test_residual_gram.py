@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from arc_ao.calibration.residual_gram import InputSample, mean_gram, residual_gram, shrinkage
+from arc_ao.calibration.input_sample import InputSample
+from arc_ao.calibration.residual_gram import mean_gram, residual_gram, shrinkage
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:

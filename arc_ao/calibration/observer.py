@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from arc_ao.calibration.residual_gram import InputSample
+from arc_ao.calibration.input_sample import InputSample
 from arc_ao.formats import nvfp4
 
 CHUNK_ELEMENTS = 1 << 18  # bounds the temporaries of one update
