@@ -1,5 +1,5 @@
-"""E[e^T e] of the quantization errors of a few input rows: what is quadratic in K is made when a layer
-is planned, and freed after that."""
+"""E[e^T e] of the quantization errors of a few input rows, made when a layer is planned and freed
+after that, since it is quadratic in K."""
 
 import torch
 from torch import Tensor
