@@ -15,7 +15,6 @@ from arc_ao.calibration.work_dir import WorkDir
 from arc_ao.memory import release_memory
 from arc_ao.methods.gptq import prepare_rounding, round_weight
 from arc_ao.methods.weights import LayerPlan, quantize_weight
-from arc_ao.ops.backends import preferred_layout
 from arc_ao.tensor import ARCTensor
 
 
@@ -50,7 +49,7 @@ def convert_blocks(
     def finish(member: Member, tensor: ARCTensor) -> None:
         del owners[member.module].plans[member.name]
         detach(member.module)
-        swap_weight(member.module, tensor.to_layout(preferred_layout(tensor.device)))
+        swap_weight(member.module, tensor.packed())
         release_memory()
 
     try:

@@ -14,8 +14,6 @@ Exits with 1 on FAIL. The last line of stdout is one JSON document.
 """
 
 import argparse
-import json
-import subprocess
 import sys
 import time
 from typing import Any
@@ -27,7 +25,6 @@ from rich.console import Console
 from rich.table import Table
 
 from arc_ao import ARCConfig, quantize_
-from arc_ao.env import env_report
 
 ROWS = {
     "model_bytes": "model",
@@ -94,19 +91,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = peak_memory.parser(__doc__.splitlines()[0])
     parser.add_argument("--batches", type=int, default=4)
     args = parser.parse_args(argv)
-    if args.in_this_process:
-        print(json.dumps(measure(args)))
-        return 0
-    command = [sys.executable, __file__, *(sys.argv[1:] if argv is None else argv)]
-    child = subprocess.run(
-        [*command, "--in-this-process"], stdout=subprocess.PIPE, text=True, check=True
-    )
-    figures = json.loads(child.stdout.splitlines()[-1])
-    print_table(figures, f"peak memory of GPTQ, recipe {args.recipe!r}, budget {args.budget:.0%}")
-    arguments = {k: v for k, v in vars(args).items() if k != "in_this_process"}
-    header = {"arguments": arguments, "versions": env_report()["versions"], "threads": args.threads}
-    print(json.dumps({"benchmark": "gptq_memory", **header, **figures}))
-    return 0 if figures["passed"] else 1
+    title = "peak memory of GPTQ"
+    return peak_memory.report("gptq_memory", title, __file__, args, argv, measure, print_table)
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ def routes(device: torch.device) -> Iterator[Case]:
                 args = operands(rows, n, k, device)
                 for split in (0, 1, 3):
                     tried = dataclasses.replace(rule, split=split)
-                    y = triton_products.multiply(*args.values(), rule=tried)
+                    y = triton_products.nvfp4_gemm(*args.values(), rule=tried)
                     assert_within_the_bound(y, args)
 
             name = f"triton: {rule.route} {rule.block_m}x{rule.block_n}x{rule.block_k}"

@@ -103,7 +103,7 @@ def fastest(
 
 def _product(x: torch.Tensor, weight: providers.Weight, rule: Rule) -> Callable[[], Any]:
     a = providers.quantize_input(x, weight)
-    return lambda: triton_products.multiply(
+    return lambda: triton_products.nvfp4_gemm(
         *a, weight.qdata, weight.scale, weight.outer, None, x.dtype, rule=rule
     )
 

@@ -181,18 +181,31 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser(__doc__.splitlines()[0]).parse_args(argv)
+    return report("peak_memory", "peak memory", __file__, args, argv, measure, print_table)
+
+
+def report(
+    name: str,
+    what: str,
+    script: str,
+    args: argparse.Namespace,
+    argv: list[str] | None,
+    measure: Callable[[argparse.Namespace], dict[str, Any]],
+    print_table: Callable[[dict[str, Any], str], None],
+) -> int:
+    """Measure in a fresh process of `script`, print its figures; exit status 1 where they fail."""
     if args.in_this_process:
         print(json.dumps(measure(args)))
         return 0
-    command = [sys.executable, __file__, *(sys.argv[1:] if argv is None else argv)]
+    command = [sys.executable, script, *(sys.argv[1:] if argv is None else argv)]
     child = subprocess.run(
         [*command, "--in-this-process"], stdout=subprocess.PIPE, text=True, check=True
     )
     figures = json.loads(child.stdout.splitlines()[-1])
-    print_table(figures, f"peak memory, recipe {args.recipe!r}, budget {args.budget:.0%}")
+    print_table(figures, f"{what}, recipe {args.recipe!r}, budget {args.budget:.0%}")
     arguments = {k: v for k, v in vars(args).items() if k != "in_this_process"}
     header = {"arguments": arguments, "versions": env_report()["versions"], "threads": args.threads}
-    print(json.dumps({"benchmark": "peak_memory", **header, **figures}))
+    print(json.dumps({"benchmark": name, **header, **figures}))
     return 0 if figures["passed"] else 1
 
 

@@ -246,7 +246,7 @@ RULES = {
 def test_products_are_within_the_bound_on_every_route(rule, repeated):
     """19 columns and few rows: every tile is ragged."""
     args = operands(2 if rule.route == "row" else 17, 19, repeated=repeated)
-    assert_within_the_bound(triton_products.multiply(**args, rule=rule), args)
+    assert_within_the_bound(triton_products.nvfp4_gemm(**args, rule=rule), args)
 
 
 @pytest.mark.parametrize("route", ["row", "tiles", "decode"])
@@ -254,7 +254,7 @@ def test_products_are_within_the_bound_on_every_route(rule, repeated):
 def test_other_outputs_one_outer_scale_and_no_bias(route, dtype):
     """fp16 is rounded once; fp32 differs by the order of additions alone."""
     args = operands(1, 19) | {"bias": None, "out_dtype": dtype}
-    y = triton_products.multiply(**args, rule=Rule(route, block_n=32))
+    y = triton_products.nvfp4_gemm(**args, rule=Rule(route, block_n=32))
     exact, absolute = _exact(args)
     allowed = torch.finfo(dtype).eps * exact.abs() + 1e-6 * absolute
     assert y.dtype == dtype and ((y.double() - exact).abs() <= allowed).all()
@@ -265,7 +265,7 @@ def test_a_token_with_nan_is_nan_and_others_are_not(route):
     """Also where its NaN scale is in one block only."""
     args = operands(2, 19)
     args["a_scale"][1, 5] = nvfp4.E4M3_NAN
-    y = triton_products.multiply(**args, rule=Rule(route, block_n=32))
+    y = triton_products.nvfp4_gemm(**args, rule=Rule(route, block_n=32))
     assert y[1].isnan().all() and y[0].isfinite().all()
 
 
@@ -273,16 +273,16 @@ def test_products_of_nothing_of_panels_and_of_strided_weights():
     """M = 0 and N = 0 are empty; a weight in panels or a slice of another gives the same bits."""
     args = operands(3, 19)
     rule = Rule("tiles", block_n=32)
-    y = triton_products.multiply(**args, rule=rule)
+    y = triton_products.nvfp4_gemm(**args, rule=rule)
     none = {n: args[n][:0] for n in ("a", "a_scale", "a_outer")}
     assert triton_products.nvfp4_gemm(**args | none).shape == (0, 19)
     none = {n: args[n][:0] for n in ("b", "b_scale", "bias")}
     assert triton_products.nvfp4_gemm(**args | none).shape == (3, 0)
     b, b_scale = to_panels(args["b"], args["b_scale"])
     packed = args | {"b": b, "b_scale": b_scale, "b_layout": "panels"}
-    assert torch.equal(triton_products.multiply(**packed, rule=rule), y)
+    assert torch.equal(triton_products.nvfp4_gemm(**packed, rule=rule), y)
     strided = {n: torch.cat([args[n], args[n]], 1)[:, : args[n].shape[1]] for n in ("b", "b_scale")}
-    assert torch.equal(triton_products.multiply(**args | strided, rule=rule), y)
+    assert torch.equal(triton_products.nvfp4_gemm(**args | strided, rule=rule), y)
 
 
 def test_operands_that_do_not_fit_are_refused():

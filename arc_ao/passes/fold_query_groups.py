@@ -90,8 +90,7 @@ def _fold(graph: Graph, node: Node, pair: tuple[Node, Node], keywords: dict) -> 
             graph.erase_node(result)
             continue
         with graph.inserting_before(result):
-            part = graph.call_function(result.target, (folded, 0))
-            part.meta["val"] = folded.meta["val"][0]
+            part = insert_call(graph, result.target, folded, 0)
             back = insert_call(graph, aten.reshape.default, part, [-1, heads, 1, size])
         back.meta = {**result.meta, "val": back.meta["val"]}
         result.replace_all_uses_with(back)

@@ -15,30 +15,18 @@ from torch.fx import Graph, Node
 
 from arc_ao.passes.nodes import (
     aten,
-    calls,
     factors,
+    fuse_producers,
     is_call,
-    replace_quantize,
     same_kind,
     uncast,
     value,
 )
 
-arc = torch.ops.arc
-quant_augment = arc.quant_augment.default
-
 
 def fuse_gelu(graph: Graph) -> int:
     """Fuse every GELU whose only reader is a quantization; how many."""
-    fused = 0
-    for quantize in calls(graph, quant_augment):
-        node = quantize.args[0]
-        found = match_gelu_mul(node) if len(node.users) == 1 else None
-        if found is None:
-            continue
-        replace_quantize(graph, quantize, arc.gelu_quant_augment.default, found)
-        fused += 1
-    return fused
+    return fuse_producers(graph, match_gelu_mul, torch.ops.arc.gelu_quant_augment.default)
 
 
 def match_gelu_mul(node: Node) -> tuple[Node, Node | None, str] | None:

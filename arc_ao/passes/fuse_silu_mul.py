@@ -11,30 +11,18 @@ from torch.fx import Graph, Node
 
 from arc_ao.passes.nodes import (
     aten,
-    calls,
     factors,
+    fuse_producers,
     is_call,
-    replace_quantize,
     same_kind,
     uncast,
     value,
 )
 
-arc = torch.ops.arc
-quant_augment = arc.quant_augment.default
-
 
 def fuse_silu_mul(graph: Graph) -> int:
     """Fuse every gated product whose only reader is a quantization; how many."""
-    fused = 0
-    for quantize in calls(graph, quant_augment):
-        product = quantize.args[0]
-        found = match_silu_mul(product) if len(product.users) == 1 else None
-        if found is None:
-            continue
-        replace_quantize(graph, quantize, arc.silu_mul_quant_augment.default, found)
-        fused += 1
-    return fused
+    return fuse_producers(graph, match_silu_mul, torch.ops.arc.silu_mul_quant_augment.default)
 
 
 def match_silu_mul(node: Node) -> tuple[Node, Node] | None:

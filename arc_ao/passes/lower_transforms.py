@@ -9,13 +9,21 @@ All keep the bits: s holds powers of two, so the products with it are exact, and
 operators' own arithmetic. A package for other processes needs nothing of ours for them, then.
 """
 
-from typing import Any
-
 import torch
 from torch.fx import Graph, Node
 
 from arc_ao.passes.fuse_rms_norm import match_norm
-from arc_ao.passes.nodes import aten, bound, calls, factors, is_call, meta_of, prims, value
+from arc_ao.passes.nodes import (
+    aten,
+    bound,
+    calls,
+    factors,
+    insert_call,
+    is_call,
+    meta_of,
+    prims,
+    value,
+)
 
 transform_input = torch.ops.arc.transform_input.default
 project_down = torch.ops.arc.project_down.default
@@ -31,8 +39,10 @@ def fold_input_scale(graph: Graph) -> int:
             continue
         normalised = next(other for gain, other in factors(x) if gain is norm.weight)
         with graph.inserting_before(node):
-            gain = _emit(graph, aten.mul.Tensor, norm.weight, _cast(graph, scale, value(x).dtype))
-            product = _emit(graph, aten.mul.Tensor, gain, normalised)
+            gain = insert_call(
+                graph, aten.mul.Tensor, norm.weight, _cast(graph, scale, value(x).dtype)
+            )
+            product = insert_call(graph, aten.mul.Tensor, gain, normalised)
         _replace(graph, node, product)
         graph.erase_node(x)
         folded += 1
@@ -58,22 +68,24 @@ def _lower_transform(
 ) -> Node:
     dtype = value(x).dtype
     if input_scale is not None:
-        x = _emit(graph, aten.mul.Tensor, x, _cast(graph, input_scale, dtype))
+        x = insert_call(graph, aten.mul.Tensor, x, _cast(graph, input_scale, dtype))
     if rotation is None:
         return x
     size, shape = value(rotation).shape[0], value(x).shape
-    blocks = _emit(graph, aten.reshape.default, _cast(graph, x, torch.float32), [-1, size])
+    blocks = insert_call(graph, aten.reshape.default, _cast(graph, x, torch.float32), [-1, size])
     signs = _cast(graph, rotation, torch.float32)
-    rotated = _emit(graph, aten.mm.default, blocks, signs)
-    rotated = _emit(graph, aten.mul.Tensor, rotated, size**-0.5)
+    rotated = insert_call(graph, aten.mm.default, blocks, signs)
+    rotated = insert_call(graph, aten.mul.Tensor, rotated, size**-0.5)
     sizes = [n if isinstance(n, int) else _size(graph, x, i) for i, n in enumerate(shape)]
-    return _cast(graph, _emit(graph, aten.reshape.default, rotated, sizes), dtype)
+    return _cast(graph, insert_call(graph, aten.reshape.default, rotated, sizes), dtype)
 
 
 def _lower_projection(graph: Graph, x: Node, down: Node) -> Node:
-    rows = _emit(graph, aten.reshape.default, x, [-1, value(down).shape[1]])
+    rows = insert_call(graph, aten.reshape.default, x, [-1, value(down).shape[1]])
     factor = _cast(graph, down, value(x).dtype)
-    return _emit(graph, aten.mm.default, rows, _emit(graph, aten.permute.default, factor, [1, 0]))
+    return insert_call(
+        graph, aten.mm.default, rows, insert_call(graph, aten.permute.default, factor, [1, 0])
+    )
 
 
 def _size(graph: Graph, x: Node, dim: int) -> Node:
@@ -86,20 +98,7 @@ def _size(graph: Graph, x: Node, dim: int) -> Node:
 def _cast(graph: Graph, node: Node, dtype: torch.dtype) -> Node:
     if value(node).dtype == dtype:
         return node
-    return _emit(graph, prims.convert_element_type.default, node, dtype)
-
-
-def _emit(graph: Graph, target: Any, *args: Any) -> Node:
-    """A call with the fake value that Inductor asks for."""
-    node = graph.call_function(target, args)
-    node.meta["val"] = target(*(_fake(a) for a in args))
-    return node
-
-
-def _fake(argument: Any) -> Any:
-    if isinstance(argument, list):
-        return [_fake(a) for a in argument]
-    return argument.meta["val"] if isinstance(argument, Node) else argument
+    return insert_call(graph, prims.convert_element_type.default, node, dtype)
 
 
 def _replace(graph: Graph, node: Node, result: Node) -> None:

@@ -1,7 +1,7 @@
 """Small questions about fx nodes that the passes share."""
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -57,6 +57,20 @@ def insert_call(graph: Graph, operator: Any, *args: Any, **kwargs: Any) -> Node:
     fakes = torch.fx.map_arg((args, kwargs), lambda argument: argument.meta["val"])
     node.meta["val"] = operator(*fakes[0], **fakes[1])
     return node
+
+
+def fuse_producers(graph: Graph, match: Callable[[Node], tuple | None], operator: Any) -> int:
+    """Fuse what `match` finds the inputs of into the quantization that is all that reads it; how
+    many."""
+    fused = 0
+    for quantize in calls(graph, torch.ops.arc.quant_augment.default):
+        made = quantize.args[0]
+        found = match(made) if len(made.users) == 1 else None
+        if found is None:
+            continue
+        replace_quantize(graph, quantize, operator, found)
+        fused += 1
+    return fused
 
 
 def value(node: Any) -> torch.Tensor | None:

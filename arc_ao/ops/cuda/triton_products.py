@@ -41,28 +41,10 @@ def nvfp4_gemm(
     act_blocks: Tensor | None = None,
     base_blocks: int = 0,
     b_layout: str = "plain",
-) -> Tensor:
-    """`nvfp4_gemm_eager` by the route that the GPU's table names."""
-    operands = (a, a_scale, a_outer, b, b_scale, b_outer, bias, out_dtype, act_blocks, base_blocks)
-    return multiply(*operands, b_layout)
-
-
-def multiply(
-    a: Tensor,
-    a_scale: Tensor,
-    a_outer: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    b_outer: Tensor,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-    act_blocks: Tensor | None = None,
-    base_blocks: int = 0,
-    b_layout: str = "plain",
     *,
     rule: Rule | None = None,
 ) -> Tensor:
-    """`nvfp4_gemm`, by `rule` where one is given."""
+    """`nvfp4_gemm_eager` by the route that the GPU's table names, or by `rule`."""
     check_operands(a, a_scale, b, b_scale, act_blocks, base_blocks, b_layout)
     check_epilogue(a_outer, bias, a.shape[0], b.shape[0])
     check(b_layout in READ_LAYOUTS, f"nvfp4_gemm: Triton reads {READ_LAYOUTS}, got {b_layout!r}")
