@@ -1,8 +1,9 @@
-"""Train the small language model that arc_ao ships, from a text file of public-domain books.
+"""Train a small language model, such as the one arc_ao ships, from a text of public-domain books.
 
-    python benchmarks/train_shipped_model.py TRAIN.txt VALIDATION.txt -o OUT_DIR
+    python benchmarks/train_small_model.py TRAIN.txt VALIDATION.txt -o OUT_DIR
+    python benchmarks/train_small_model.py TRAIN.txt VALIDATION.txt -o OUT_DIR --architecture qwen3
 
-A Llama-architecture model (hidden 256, 4 layers, FFN 768, 4 query and 2 key/value heads of 64,
+A Llama or Qwen3 architecture (hidden 256, 4 layers, FFN 768, 4 query and 2 key/value heads of 64,
 byte-level BPE of 2048 tokens, tied embedding) with the outlier input channels that make real
 LLMs hard to quantize. They are put in at initialisation and the weights learn around them:
 
@@ -28,8 +29,19 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
+ARCHITECTURES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
 END_OF_TEXT = "<|endoftext|>"
 VOCAB_SIZE = 2048
 SEQUENCE_LENGTH = 256
@@ -81,27 +93,29 @@ def channel_profile(kind: str, order: torch.Tensor, generator: torch.Generator) 
     return profile * torch.exp(0.1 * torch.randn(len(order), generator=generator))
 
 
-def build_model(generator: torch.Generator) -> LlamaForCausalLM:
-    """Random weights with outlier input channels."""
-    config = LlamaConfig(
+def build_model(architecture: str, generator: torch.Generator) -> PreTrainedModel:
+    """Random weights with outlier input channels; fp32."""
+    config_class, model_class = ARCHITECTURES[architecture]
+    config = config_class(
         vocab_size=VOCAB_SIZE,
         hidden_size=256,
         intermediate_size=768,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=64,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=0,
     )
-    model = LlamaForCausalLM(config).float()
+    model = model_class(config).float()
     add_outlier_channels(model, generator)
     return model
 
 
 @torch.no_grad()
-def add_outlier_channels(model: LlamaForCausalLM, generator: torch.Generator) -> None:
+def add_outlier_channels(model: PreTrainedModel, generator: torch.Generator) -> None:
     """Give the inputs of all linears a real channel profile, see the module's docstring.
 
     Columns that read a channel of profile p start scaled by 1 / sqrt(p).
@@ -145,7 +159,7 @@ def batches(tokens: np.ndarray, batch_size: int, generator: torch.Generator):
         yield torch.from_numpy(np.stack(rows))
 
 
-def loss_of(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+def loss_of(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy in nats per token of ids [B, T+1]."""
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits
@@ -153,14 +167,14 @@ def loss_of(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def validation_loss(model: LlamaForCausalLM, tokens: np.ndarray, windows: int = 64) -> float:
+def validation_loss(model: PreTrainedModel, tokens: np.ndarray, windows: int = 64) -> float:
     """Mean loss over `windows` consecutive windows."""
     span = SEQUENCE_LENGTH + 1
     ids = torch.from_numpy(tokens[: windows * span].astype(np.int64)).view(-1, span)
     return torch.stack([loss_of(model, chunk) for chunk in ids.split(16)]).mean().item()
 
 
-def optimizer_of(model: LlamaForCausalLM, learning_rate: float) -> torch.optim.AdamW:
+def optimizer_of(model: PreTrainedModel, learning_rate: float) -> torch.optim.AdamW:
     """AdamW, weight decay on matrices."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
@@ -204,6 +218,7 @@ def main() -> None:
     parser.add_argument("train", type=Path, help="UTF-8 text to train on")
     parser.add_argument("validation", type=Path, help="UTF-8 text that is never trained on")
     parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--architecture", choices=sorted(ARCHITECTURES), default="llama")
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--batch-size", type=int, default=24, help="windows of 256 tokens a step")
@@ -219,7 +234,7 @@ def main() -> None:
     tokenizer = train_tokenizer(text[: 16 << 20])
     train_tokens = encode(tokenizer, text)
     val_tokens = encode(tokenizer, args.validation.read_text(encoding="utf-8"))
-    model = build_model(generator)
+    model = build_model(args.architecture, generator)
     args.output.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(args.output)
     result = train(model, train_tokens, val_tokens, args, generator)
