@@ -37,6 +37,7 @@ LEVELS = {"portable": [], "avx2": AVX2, "avx512": AVX512, "amx": AMX}
 COMMON = [
     "register_operators.cpp",
     "cpu/dispatch.cpp",
+    "cpu/dot_gemm.cpp",
     "cpu/nvfp4_gemm.cpp",
     "cpu/prefill.cpp",
     "cpu/quant_augment.cpp",

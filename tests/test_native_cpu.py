@@ -244,6 +244,7 @@ BLOCKED_SHAPES = {  # rows, columns, blocks: what is cut for caches and threads
     "two passes over the rows": (2049, 40, 17),
     "columns in parts and K in slabs": (70, 1130, 131),
     "rows and columns in parts": (1040, 600, 33),
+    "decoded panels, K in chunks": (101, 72, 150),
     "whole multiples of everything": (1024, 512, 64),
 }
 
@@ -323,7 +324,7 @@ def test_gemm_reads_any_strides(level):
 
 def test_bits_do_not_depend_on_threads_or_batch(level):
     """A row's bits are its own: alone, in a batch, with one thread or two."""
-    x = torch.randn(19, 320, generator=generator(15)).bfloat16()
+    x = torch.randn(130, 320, generator=generator(15)).bfloat16()
     b, b_scale = weight_operand(96, 20, 16)
 
     def product(rows: Tensor) -> Tensor:
@@ -337,8 +338,10 @@ def test_bits_do_not_depend_on_threads_or_batch(level):
             assert torch.equal(product(x), whole)
     finally:
         torch.set_num_threads(before)
-    few = x[:7]  # with tile registers more rows go another way
-    assert torch.equal(torch.cat([product(row) for row in few.split(1)]), product(few))
+    few = product(x[:7])
+    assert torch.equal(torch.cat([product(row) for row in x[:7].split(1)]), few)
+    if level != "amx":  # with tile registers many rows are added up in another order
+        assert torch.equal(whole[:7], few)
 
 
 @pytest.mark.parametrize(

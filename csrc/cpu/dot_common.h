@@ -3,12 +3,14 @@
 #pragma once
 
 #include "quantize_rows.h"
+#include "store_products.h"
 
 namespace {
 
 using arc::Activations;
 using arc::kPanel;
 using arc::kPanelBlockBytes;
+using arc::Output;
 
 constexpr float kValues[16] = {
     0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f,
@@ -29,11 +31,12 @@ inline int32_t sum_of_bytes(u8x16 v) {
 #endif
 }
 
-void unpack_activations(
-    const uint8_t* qdata, const uint8_t* scale, const Activations& a, int64_t row) {
+// Blocks [first, a.blocks) of a row.
+inline void unpack_blocks(
+    const uint8_t* qdata, const uint8_t* scale, const Activations& a, int64_t row, int64_t first) {
   const u8x16 order = {0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15};
-  int64_t at = a.at(row);
-  for (int64_t b = 0; b < a.blocks; ++b, at += a.group_rows) {
+  int64_t at = a.at(row) + first * a.group_rows;
+  for (int64_t b = first; b < a.blocks; ++b, at += a.group_rows) {
     uint8_t nibbles[16];
     u8x8 packed = load<u8x8>(qdata + b * arc::kBlockBytes);
     store(nibbles, packed & 0xF);
@@ -44,6 +47,11 @@ void unpack_activations(
     a.offset[at] = -12 * sum_of_bytes(twice);
     a.scale[at] = e4m3_scalar(scale[b]) * 0.25f;
   }
+}
+
+[[maybe_unused]] void unpack_activations(
+    const uint8_t* qdata, const uint8_t* scale, const Activations& a, int64_t row) {
+  unpack_blocks(qdata, scale, a, row, 0);
 }
 
 void pack_panel(
@@ -60,11 +68,11 @@ void pack_panel(
   }
 }
 
-// One panel against up to any number of rows, block by block in fp32. A block's dot product is an
-// integer below 2^24, so it is exact.
-inline void dot_panel_plain(
-    const Activations& a, int64_t rows, const uint8_t* panel_codes, const uint8_t* panel_scale,
-    const int32_t* columns, float* out) {
+// Some rows against one panel, block by block in fp32. A block's dot product is an integer below
+// 2^24, so it is exact.
+inline void dot_some_rows(
+    const Activations& a, int64_t first, int64_t rows, const uint8_t* panel_codes,
+    const uint8_t* panel_scale, const int32_t* columns, float* out) {
   for (int64_t m = 0; m < rows; ++m) store(out + m * kPanel, f32x16{});
   for (int64_t j = 0; j < a.blocks; ++j) {
     const uint8_t* codes = panel_codes + columns[j] * kPanelBlockBytes;
@@ -80,7 +88,7 @@ inline void dot_panel_plain(
     }
     const f32x16 scales = load<f32x16>(row_scales);
     for (int64_t m = 0; m < rows; ++m) {
-      const int64_t at = a.at(m) + j * a.group_rows;
+      const int64_t at = a.at(first + m) + j * a.group_rows;
       f32x16 sum = {};
       for (int k = 0; k < kLanes; ++k) {
         sum += load<f32x16>(values[k]) * splat(float(a.codes[at * kLanes + k]));
@@ -88,6 +96,18 @@ inline void dot_panel_plain(
       f32x16 total = load<f32x16>(out + m * kPanel) + sum * (scales * splat(a.scale[at]));
       store(out + m * kPanel, total);
     }
+  }
+}
+
+[[maybe_unused]] void dot_panel_plain(
+    const Activations& a, const uint8_t* panel_codes, const uint8_t* panel_scale,
+    const int32_t* columns, const Output& out) {
+  constexpr int64_t kRows = 32;  // decoding a block takes as long as four of them
+  alignas(64) float products[kRows * kPanel];
+  for (int64_t m = 0; m < out.rows; m += kRows) {
+    const Output some = out.from(m, kRows);
+    dot_some_rows(a, m, some.rows, panel_codes, panel_scale, columns, products);
+    store_products(products, kPanel, some);
   }
 }
 

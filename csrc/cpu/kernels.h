@@ -1,6 +1,7 @@
 // What every dispatch level implements, as a table of functions. One file per level fills one.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace arc {
@@ -32,6 +33,48 @@ struct Activations {
 
 constexpr int64_t kGroupRows = 8;
 
+// Where products go: y = product * a_outer[m] * b_outer + bias[n].
+struct Output {
+  int64_t rows, cols;  // of them
+  const float* a_outer;
+  float b_outer;
+  const float* bias;  // whole vectors of 16, or null
+  void* y;
+  DType y_dtype;
+  int64_t y_stride;  // bytes from row to row
+
+  // At most `count` rows from row m on.
+  Output from(int64_t m, int64_t count) const {
+    Output some = *this;
+    some.rows = std::min(count, rows - m);
+    some.a_outer += m;
+    some.y = static_cast<char*>(y) + m * y_stride;
+    return some;
+  }
+};
+
+// Panels that are decoded once for many rows, two at a time, by chunks of K that stay in L1.
+constexpr int64_t kPair = 2;
+constexpr int64_t kDecodedBlockBytes = kPanel * kBlock;
+
+struct DecodedChunk {
+  const uint8_t* codes;  // [pair, blocks, 4, 64], value * 2 + 12 in the order of Activations::codes
+  const float* scale;    // [pair, blocks, 16]
+  int64_t first, blocks;  // blocks [first, first + blocks) of A meet it
+  int64_t panels;         // 1 or 2 of the pair
+};
+
+// What a level adds that multiplies many rows by decoded panels.
+struct DecodedKernels {
+  // Blocks columns[0 .. blocks) of a packed panel; meanwhile what lies `ahead` bytes behind their
+  // codes comes into L2.
+  void (*decode_panel)(
+      const uint8_t* panel_codes, const uint8_t* panel_scale, const int32_t* columns,
+      int64_t blocks, int64_t ahead, uint8_t* codes, float* scale);
+  // products [rows, pair, 16] of the first `rows` rows, added to for all chunks but the first.
+  void (*multiply)(const Activations& a, int64_t rows, const DecodedChunk& w, float* products);
+};
+
 // Operands of a matrix unit with tile registers: runs of tiles of 16 rows of 64 bytes. A strip is 32
 // rows of A, or of W, that is two tiles for each step of 32 channels: [steps, 2, 512] of bf16. A tile
 // of A holds [16 rows, 32 channels], one of W [16 pairs of channels, 16 rows, 2]. Of C, a tile holds
@@ -56,17 +99,6 @@ struct TileProduct {
   const void *next_a, *next_c;  // needed soon: fetched into L2, kNextBytes of each for a step
 };
 
-// Where a strip's C goes: y = c * a_outer[m] * b_outer + bias[n].
-struct TileOutput {
-  int64_t rows, cols;  // of them
-  const float* a_outer;
-  float b_outer;
-  const float* bias;  // whole vectors of 16, or null
-  void* y;
-  DType y_dtype;
-  int64_t y_stride;  // bytes from row to row
-};
-
 // What a level with tile registers adds, for many rows of activations.
 struct TileKernels {
   void (*configure)();  // by each thread before it multiplies
@@ -79,7 +111,7 @@ struct TileKernels {
       const uint8_t* panel_codes, const uint8_t* panel_scale, const int32_t* columns,
       int64_t blocks, uint16_t* tiles);
   void (*multiply)(const TileProduct& product);
-  void (*store_strip)(const float* c, const TileOutput& out);
+  void (*store_strip)(const float* c, const Output& out);
 };
 
 struct Kernels {
@@ -114,12 +146,15 @@ struct Kernels {
   void (*pack_panel)(
       const uint8_t* qdata, const uint8_t* scale, int64_t qdata_stride, int64_t scale_stride,
       int64_t blocks, uint8_t* panel_codes, uint8_t* panel_scale);
-  // out[m * 16 + n] = sum over blocks j of A[m, j] . panel[n, columns[j]], for the first `rows` rows.
+  // Product [m, n] = sum over blocks j of A[m, j] . panel[n, columns[j]], for the first rows of a.
   void (*dot_panel)(
-      const Activations& a, int64_t rows, const uint8_t* panel_codes, const uint8_t* panel_scale,
-      const int32_t* columns, float* out);
+      const Activations& a, const uint8_t* panel_codes, const uint8_t* panel_scale,
+      const int32_t* columns, const Output& out);
+  // products [rows, stride] of one panel, scaled and rounded.
+  void (*store_products)(const float* products, int64_t stride, const Output& out);
 
-  const TileKernels* tiles = nullptr;  // null where there are no tile registers
+  const DecodedKernels* decoded = nullptr;  // null where dot_panel serves many rows, too
+  const TileKernels* tiles = nullptr;       // null where there are no tile registers
 };
 
 }  // namespace arc

@@ -5,10 +5,10 @@
 #include "amx_tiles.h"
 #include "e4m3.h"
 #include "kernels.h"
+#include "store_products.h"
 
 namespace {
 
-using arc::DType;
 using arc::kBlockFloats;
 using arc::kNextBytes;
 using arc::kPanel;
@@ -17,7 +17,7 @@ using arc::kStepHalves;
 using arc::kTileFloats;
 using arc::kTileHalves;
 using arc::kTileRows;
-using arc::TileOutput;
+using arc::Output;
 using arc::TileProduct;
 
 constexpr int64_t kRowBytes = 64;  // of a tile
@@ -154,30 +154,13 @@ void multiply(const TileProduct& p) {
   else multiply_as<true>(p);
 }
 
-// Rounded to dtype.
-inline void store_as(f32x16 v, DType dtype, char* target) {
-  if (dtype == DType::kFloat) store(target, v);
-  else if (dtype == DType::kBFloat16) store(target, to_bf16(v));
-  else store(target, to_half(v));
-}
-
-void store_strip(const float* c, const TileOutput& out) {
-  const int64_t size = arc::size_of(out.y_dtype);
+void store_strip(const float* c, const Output& out) {
   for (int64_t m = 0; m < out.rows; ++m) {
     const float* row = c + m / kTileRows * 2 * kTileFloats + m % kTileRows * kTileRows;
-    char* target = static_cast<char*>(out.y) + m * out.y_stride;
     for (int64_t n = 0; n < out.cols; n += kLanes) {
-      const int64_t tile = n / kLanes, count = out.cols - n < kLanes ? out.cols - n : kLanes;
-      f32x16 v = load<f32x16>(row + tile / 2 * kBlockFloats + tile % 2 * kTileFloats);
-      v = v * splat(out.a_outer[m]) * splat(out.b_outer);
-      if (out.bias) v = v + load<f32x16>(out.bias + n);
-      if (count == kLanes) {
-        store_as(v, out.y_dtype, target + n * size);
-      } else {
-        alignas(64) char lanes[64];
-        store_as(v, out.y_dtype, lanes);
-        std::memcpy(target + n * size, lanes, count * size);
-      }
+      const int64_t tile = n / kLanes;
+      const float* products = row + tile / 2 * kBlockFloats + tile % 2 * kTileFloats;
+      store_lanes_of(load<f32x16>(products), out, m, n);
     }
   }
 }

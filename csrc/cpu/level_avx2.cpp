@@ -46,7 +46,7 @@ inline __m256 dot_block(const __m256i w[4], const int8_t* a, int32_t offset) {
 template <int Rows>
 void dot_rows(
     const Activations& a, int64_t row, const uint8_t* panel_codes, const uint8_t* panel_scale,
-    const int32_t* columns, float* out) {
+    const int32_t* columns, const Output& out) {
   int64_t at = a.at(row);
   __m256 acc[Rows][2];
   for (auto& pair : acc) pair[0] = pair[1] = _mm256_setzero_ps();
@@ -64,20 +64,19 @@ void dot_rows(
     }
   }
   for (int m = 0; m < Rows; ++m) {
-    _mm256_storeu_ps(out + m * kPanel, acc[m][0]);
-    _mm256_storeu_ps(out + m * kPanel + 8, acc[m][1]);
+    store_lanes_of(load<f32x16>(acc[m]), out, row + m, 0);
   }
 }
 
 void dot_panel(
-    const Activations& a, int64_t rows, const uint8_t* panel_codes, const uint8_t* panel_scale,
-    const int32_t* columns, float* out) {
+    const Activations& a, const uint8_t* panel_codes, const uint8_t* panel_scale,
+    const int32_t* columns, const Output& out) {
   using Dot = void (*)(
-      const Activations&, int64_t, const uint8_t*, const uint8_t*, const int32_t*, float*);
+      const Activations&, int64_t, const uint8_t*, const uint8_t*, const int32_t*, const Output&);
   static constexpr Dot kByRows[] = {dot_rows<1>, dot_rows<2>, dot_rows<3>, dot_rows<4>};
-  for (int64_t m = 0; m < rows; m += 4) {
-    const int64_t count = rows - m < 4 ? rows - m : 4;
-    kByRows[count - 1](a, m, panel_codes, panel_scale, columns, out + m * kPanel);
+  for (int64_t m = 0; m < out.rows; m += 4) {
+    const int64_t count = std::min<int64_t>(out.rows - m, 4);
+    kByRows[count - 1](a, m, panel_codes, panel_scale, columns, out);
   }
 }
 
@@ -88,6 +87,6 @@ namespace arc {
 extern const Kernels kAVX2;
 const Kernels kAVX2 = {
     "avx2", load_row, store_row, quantize_row, add_row, silu_mul_row, gelu_row, norm_row,
-    unpack_activations, pack_panel, dot_panel};
+    unpack_activations, pack_panel, dot_panel, store_products};
 
 }  // namespace arc

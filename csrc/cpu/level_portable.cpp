@@ -7,6 +7,6 @@ namespace arc {
 extern const Kernels kPortable;
 const Kernels kPortable = {
     "portable", load_row, store_row, quantize_row, add_row, silu_mul_row, gelu_row, norm_row,
-    unpack_activations, pack_panel, dot_panel_plain};
+    unpack_activations, pack_panel, dot_panel_plain, store_products};
 
 }  // namespace arc

@@ -168,7 +168,7 @@ class Part {
   void store_group(int64_t strip, Range group) {
     const int64_t row = strip * kStripRows, size = size_of(p_.g.y_dtype);
     const int64_t col = (cols_.begin + group.begin) * kStripRows;
-    TileOutput out{};
+    Output out{};
     out.rows = std::min(kStripRows, p_.rows - row);
     out.cols = std::min(group.size() * kStripRows, p_.g.cols - col);
     out.a_outer = p_.a_outer + row;
