@@ -35,6 +35,8 @@ AMX = [*AVX512, *"-mamx-tile -mamx-bf16".split()]
 # level_NAME.cpp: its flags
 LEVELS = {"portable": [], "avx2": AVX2, "avx512": AVX512, "amx": AMX}
 COMMON = [
+    "gemm_operator.cpp",
+    "quantize_operators.cpp",
     "register_operators.cpp",
     "cpu/dispatch.cpp",
     "cpu/dot_gemm.cpp",

@@ -1,0 +1,15 @@
+// The operators arc::* as torch's dispatcher calls them: arguments from the stack, results onto it.
+#pragma once
+
+#include "stable_values.h"
+
+namespace arc {
+
+void quant_augment_boxed(StableIValue* stack, uint64_t, uint64_t);
+void rms_norm_quant_augment_boxed(StableIValue* stack, uint64_t, uint64_t);
+void add_rms_norm_quant_augment_boxed(StableIValue* stack, uint64_t, uint64_t);
+void silu_mul_quant_augment_boxed(StableIValue* stack, uint64_t, uint64_t);
+void gelu_quant_augment_boxed(StableIValue* stack, uint64_t, uint64_t);
+void nvfp4_gemm_boxed(StableIValue* stack, uint64_t, uint64_t);
+
+}  // namespace arc
