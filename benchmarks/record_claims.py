@@ -82,7 +82,7 @@ def _beats(lines: dict[str, Line], model: str, who: str) -> Claim:
     best = lines.get(BEST)
     missing = [line.method for line in rivals if not line.measured and not line.errors]
     if not rivals or not (best and best.measured) or missing:
-        absent = f"not run: {', '.join(missing)}" if missing else "no rows"
+        absent = f"{len(missing)} not run" if missing else "no rows"
         return _claim(words, None, absent, acceptance)
     failed = [line.method for line in rivals if not line.measured]
     inside = [line for line in rivals if line.measured and fits(line, best)]

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchao.core.config import config_to_dict
 
 from arc_ao import ARCConfig, ARHQConfig, NVFP4Config, SERQConfig, SVDQuantConfig, quantize_
 from arc_ao.cost import PLAIN_BITS, extra_cost
@@ -98,10 +97,9 @@ def all_rows() -> dict[str, Row]:
 
 
 def describe(row: Row) -> dict[str, Any]:
-    """JSON of a row's settings, which also tells one version of a row from another."""
-    if isinstance(row, MXFP4):
-        return {"format": "mxfp4"} | dataclasses.asdict(row)
-    return config_to_dict(row)
+    """A row's settings, which also tell one version of a row from another."""
+    fields = {k: v for k, v in vars(row).items() if not k.startswith("_")}
+    return {"class": type(row).__name__, **fields}
 
 
 def is_seeded(row: Row) -> bool:

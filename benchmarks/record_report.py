@@ -43,9 +43,9 @@ def build_report(
     return "\n\n".join(part.strip() for part in parts) + "\n", document
 
 
-def table(headings: tuple[str, ...], body: list[list[str]]) -> str:
-    """A markdown table; the first column is text, the others are figures."""
-    rule = ["---", *("---:" for _ in headings[1:])]
+def table(headings: tuple[str, ...], body: list[list[str]], text: int = 1) -> str:
+    """A markdown table; the first `text` columns are words, the others are figures."""
+    rule = ["---" if i < text else "---:" for i in range(len(headings))]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [list(headings), rule, *body])
 
 
@@ -59,12 +59,12 @@ def _header(rows: list[dict[str, Any]], header: dict[str, Any]) -> str:
     }
     facts |= {k.replace("_", " "): str(v) for k, v in header["settings"].items()}
     facts |= {name: str(count) for name, count in header["data_checks"].items()}
-    return table(("", "run"), [[name, value] for name, value in facts.items()])
+    return table(("", "run"), [[name, value] for name, value in facts.items()], text=2)
 
 
 def _claims(verdicts: list[dict[str, Any]]) -> str:
     body = [[c["claim"], c["verdict"], c["detail"]] for c in verdicts]
-    return table(("claim", "verdict", "figures"), body)
+    return table(("claim", "verdict", "figures"), body, text=3)
 
 
 def _model(name: str, lines: dict[str, Line]) -> str:
@@ -161,4 +161,4 @@ def _errors(lines: dict[str, Line]) -> str:
 
 def _not_run(lines: dict[str, Line]) -> str:
     names = [line.method for line in lines.values() if not line.measured and not line.errors]
-    return f"Not run: {', '.join(names)}." if names else ""
+    return f"Not run: {'; '.join(names)}." if names else ""
