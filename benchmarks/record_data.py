@@ -11,6 +11,7 @@ two books before it are evaluated. Evaluation windows are spread evenly over a t
 """
 
 import csv
+import json
 import lzma
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from encoder import (
     select_lines,
 )
 from torch import Tensor
+
+from arc_ao.shipped import CALIBRATION_TEXT, HELDOUT_TEXT
 
 Batch = dict[str, Tensor]
 BATCH_WINDOWS = 4
@@ -157,3 +160,25 @@ def shared_with_training(path: Path, evaluation: set[str]) -> int:
             if (stripped := line.strip()) in evaluation:
                 found.add(stripped)
     return len(found)
+
+
+def data_checks(data: Path, work: Path) -> dict[str, int]:
+    """Long lines of the evaluated books that the training text shares; kept in `work`."""
+    path = work / "data_checks.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    training = data / TRAINING_BOOKS
+    if not training.is_file():
+        return {}
+    books = read_books(data / BOOKS, CALIBRATION_TEXT.read_text(encoding="utf-8"))
+    texts = {
+        "evaluated books": books,
+        "shipped held-out text": HELDOUT_TEXT.read_text(encoding="utf-8"),
+        "calibration text": CALIBRATION_TEXT.read_text(encoding="utf-8"),
+    }
+    found = {
+        f"lines of the {name} in the training text": shared_with_training(training, long_lines(t))
+        for name, t in texts.items()
+    }
+    path.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    return found

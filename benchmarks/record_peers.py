@@ -1,6 +1,5 @@
 """Rows of other libraries (benchmarks/peers): their outputs, measured like our own."""
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ def measure(subject: Subject, method: str, seed: int, work: Path) -> dict[str, A
     from peers.run import peer_outputs
 
     peer, recipe = method.split(": ", 1)
-    start = time.perf_counter()
     found = peer_outputs(
         peer,
         recipe,
@@ -49,7 +47,6 @@ def measure(subject: Subject, method: str, seed: int, work: Path) -> dict[str, A
     }
     return {
         "cost": cost,
-        "seconds": time.perf_counter() - start,
         "applied": found.info,
         "metrics": subject.score(found.outputs, subject.reference),
     }

@@ -18,7 +18,8 @@ Every row is the mean over its seeds, which draw other calibration data; "+-" is
 less smallest. Costs are over plain NVFP4 (`arc_ao/cost.py`): extra channels over in_features, extra
 stored bits per weight, extra multiply-adds per token. "closed" is the share of plain NVFP4's
 divergence (KL per token in nats, 1 - cosine) that a row removes. SQNR is of linears' outputs, mean
-by kind. "STS-B" is Spearman's correlation times 100. "s" is the time to quantize.
+by kind. "STS-B" is Spearman's correlation times 100. "CPU s" is the time to
+quantize, of all threads together.
 """
 
 
@@ -70,7 +71,7 @@ def _claims(verdicts: list[dict[str, Any]]) -> str:
 def _model(name: str, lines: dict[str, Line]) -> str:
     encoder = name == "encoder"
     columns = ENCODER_COLUMNS if encoder else DECODER_COLUMNS
-    headings = ("", *COST_COLUMNS, *columns, *SQNR_COLUMNS, "seeds", "s")
+    headings = ("", *COST_COLUMNS, *columns, *SQNR_COLUMNS, "seeds", "CPU s")
     plain = lines.get(PLAIN)
     measured = [line for line in lines.values() if line.measured]
     figures = _encoder_cells if encoder else _decoder_cells
@@ -81,7 +82,7 @@ def _model(name: str, lines: dict[str, Line]) -> str:
             *figures(line, plain),
             *_sqnr(line),
             str(max(map(len, line.values.values()))),
-            _figure(line, "seconds", "{:.0f}"),
+            _figure(line, "cpu_seconds", "{:.0f}"),
         ]
         for line in measured
     ]

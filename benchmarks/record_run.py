@@ -14,20 +14,21 @@ import fnmatch
 import json
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
 import record_peers
 import torch
 from record_claims import Claim, claims
-from record_data import BOOKS, TRAINING_BOOKS, long_lines, read_books, shared_with_training
+from record_clock import Clock
+from record_data import data_checks
 from record_methods import all_rows, describe, is_seeded, quantized_rows
 from record_models import NAMES, Settings, Subject, directories, identity, load_subject
 from record_report import build_report
 from record_store import Job, Store, code_commit
 
 from arc_ao.env import env_report
-from arc_ao.shipped import CALIBRATION_TEXT, HELDOUT_TEXT
 
 REFERENCE = "unquantized"
 RESULTS = Path(__file__).parent / "results"
@@ -66,13 +67,14 @@ def chosen(job: Job, args: argparse.Namespace) -> bool:
 
 
 def run_model_rows(
-    name: str, directory: Path, todo: list[Job], store: Store, settings: Settings, clock: "Clock"
+    name: str, directory: Path, todo: list[Job], store: Store, settings: Settings, clock: Clock
 ) -> None:
     """Load a model once and measure its unfinished rows."""
     try:
         subject = load_subject(name, directory, settings)
         reference = subject.measure_reference()
     except Exception as error:
+        traceback.print_exc()
         for job in todo:
             clock.done(store.save(job, {}, _message(error)))
         return
@@ -81,6 +83,7 @@ def run_model_rows(
         try:
             result, problem = _measure(subject, job, reference, store.folder), None
         except Exception as error:  # a row's failure is its result
+            traceback.print_exc()
             result, problem = {}, _message(error)
         result["seconds_total"] = time.perf_counter() - start
         clock.done(store.save(job, result, problem))
@@ -100,60 +103,6 @@ def _message(error: Exception) -> str:
     """Type and last line of an error, as the report lists it."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[-1]}"
-
-
-class Clock:
-    """Prints rows as they finish, and how long the rest will take."""
-
-    def __init__(self, todo: list[Job], seconds: dict[tuple[str, str], float]) -> None:
-        self.todo, self.seconds = list(todo), dict(seconds)
-
-    def remaining(self) -> float | None:
-        """Seconds for what is left, from rows measured so far; None without any."""
-        if not self.seconds:
-            return None
-        return sum(self._expected(job) for job in self.todo)
-
-    def _expected(self, job: Job) -> float:
-        known = self.seconds.get((job.model, job.method))
-        if known is not None:
-            return known
-        alike = [s for (model, _), s in self.seconds.items() if model == job.model]
-        alike = alike or list(self.seconds.values())
-        return sum(alike) / len(alike)
-
-    def done(self, row: dict[str, Any]) -> None:
-        """Take a finished row off the list."""
-        self.todo = [job for job in self.todo if job.key != row["key"]]
-        if "seconds_total" in row:
-            self.seconds[row["model"], row["method"]] = row["seconds_total"]
-        text = row["error"] or f"{row['seconds_total']:.0f} s"
-        left = self.remaining()
-        rest = "" if left is None else f", about {left / 60:.0f} min"
-        name = f"{row['model']}, {row['method']}, seed {row['seed']}"
-        print(f"{name}: {text}; {len(self.todo)} rows left{rest}", file=sys.stderr, flush=True)
-
-
-def data_checks(settings: Settings, work: Path) -> dict[str, int]:
-    """Long lines of the evaluated books that the training text shares; kept in `work`."""
-    path = work / "data_checks.json"
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
-    training = settings.data / TRAINING_BOOKS
-    if not training.is_file():
-        return {}
-    books = read_books(settings.data / BOOKS, CALIBRATION_TEXT.read_text(encoding="utf-8"))
-    texts = {
-        "evaluated books": books,
-        "shipped held-out text": HELDOUT_TEXT.read_text(encoding="utf-8"),
-        "calibration text": CALIBRATION_TEXT.read_text(encoding="utf-8"),
-    }
-    found = {
-        f"lines of the {name} in the training text": shared_with_training(training, long_lines(t))
-        for name, t in texts.items()
-    }
-    path.write_text(json.dumps(found) + "\n", encoding="utf-8")
-    return found
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -207,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
         "seeds": args.seeds,
         "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k != "data"},
         "absent_models": [name for name in NAMES if found[name] is None],
-        "data_checks": data_checks(settings, args.work),
+        "data_checks": data_checks(args.data, args.work),
     }
     verdicts = claims(rows)
     write_report(rows, verdicts, header, args.output)
@@ -250,7 +199,7 @@ def run(
     """Measure what is chosen and not finished."""
     todo = [job for job in planned if chosen(job, args) and not store.finished(job)]
     known = _last_record(args.output) + [row for job in planned if (row := store.load(job))]
-    timed = [row for row in known if "seconds_total" in row]
+    timed = [row for row in known if "seconds_total" in row and row["group"] != "reference"]
     clock = Clock(todo, {(r["model"], r["method"]): r["seconds_total"] for r in timed})
     left = clock.remaining()
     rest = "" if left is None else f", about {left / 60:.0f} min"

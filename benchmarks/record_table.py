@@ -21,7 +21,7 @@ class Line:
     """A method on a model.
 
     Attributes:
-        values: figure -> one value a seed; "text/metric", "sqnr/kind", "seconds" and the costs.
+        values: figure -> one value a seed; "text/metric", "sqnr/kind", the costs, "cpu_seconds".
         tasks: lm-eval task -> accuracy, standard error and number of rows.
         errors: of seeds that failed.
     """
@@ -55,7 +55,8 @@ class Line:
         figures = {f"sqnr/{kind}": value for kind, value in row.get("sqnr_db", {}).items()}
         for text, metrics in row.get("metrics", {}).items():
             figures |= {f"{text}/{name}": value for name, value in metrics.items()}
-        figures |= {k: row.get("cost", {}).get(k) for k in COSTS} | {"seconds": row.get("seconds")}
+        figures |= {k: row.get("cost", {}).get(k) for k in COSTS}
+        figures["cpu_seconds"] = row.get("cpu_seconds")
         for name, value in figures.items():
             if value is not None:
                 self.values.setdefault(name, []).append(value)

@@ -32,7 +32,7 @@ def row(model: str, method: str, divergence: float, **changes) -> dict:
         metrics.setdefault(text, {})[name] = divergence
     cost = {"extra_channels": 0.1, "extra_bits": 0.1, "extra_multiply_adds": 0.1}
     found = {"model": model, "method": method, "seed": 0, "group": "other", "commit": "c"}
-    found |= {"error": None, "metrics": metrics, "cost": cost, "seconds": 1.0}
+    found |= {"error": None, "metrics": metrics, "cost": cost, "cpu_seconds": 1.0}
     return found | changes
 
 
@@ -106,7 +106,7 @@ def test_peers_that_were_not_run_leave_the_claim_open_and_failed_ones_are_counte
     rows = record()
     peers = [r for r in rows if r["group"] == "peer"]
     for peer in peers:
-        peer |= {"metrics": {}, "cost": {}, "seconds": None, "commit": None}
+        peer |= {"metrics": {}, "cost": {}, "cpu_seconds": None, "commit": None}
     assert verdicts(rows)[PEERS] == "NOT MEASURED"
     rows.append(row("shipped", "peer: good", 0.9, group="peer"))
     assert verdicts(rows)[PEERS] == "NOT MEASURED"
@@ -139,7 +139,7 @@ def test_report_lists_everything():
     rows = record()
     rows[3]["sqnr_db"] = {"down": 17.25}
     rows.append(row("shipped", "broken", 0, error="ValueError: no", metrics={}, cost={}))
-    rows.append(row("shipped", "later", 0, metrics={}, cost={}, seconds=None, commit=None))
+    rows.append(row("shipped", "later", 0, metrics={}, cost={}, cpu_seconds=None, commit=None))
     claims = record_claims.claims(rows)
     markdown, document = record_report.build_report(rows, claims, HEADER)
     assert "| rival | 10.0% | +0.10 | +10.0% | - | 0.4000 | 60.0% |" in markdown
