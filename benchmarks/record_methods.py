@@ -114,7 +114,7 @@ def quantize_row(
     """Quantize in place as a row says; ragged layers are padded.
 
     Returns:
-        "cost" (see `cost`), "cpu_seconds" of quantizing, and "applied", the resolved config.
+        "cost" (see `cost`), "cpu_seconds" of quantizing, and "applied", the resolved configs.
     """
     config = ARCConfig(budget=0.0, recipe="plain") if isinstance(row, MXFP4) else row
     config = dataclasses.replace(config, pad_in_features=True)
@@ -130,13 +130,13 @@ def quantize_row(
             "extra_multiply_adds": rotations / weights,
         }
         spent = time.process_time() - start
-        return {"cost": found, "cpu_seconds": spent, "applied": describe(row)}
+        return {"cost": found, "cpu_seconds": spent, "applied": [describe(row)]}
     summary = quantize_(
         model, config, calibration_data=calibration, filter_fn=filter_fn, progress=False
     )
     spent = time.process_time() - start
     found = cost(model, list(targets))
-    return {"cost": found, "cpu_seconds": spent, "applied": summary.configs[0]}
+    return {"cost": found, "cpu_seconds": spent, "applied": summary.configs}
 
 
 def cost(model: nn.Module, targets: list[str]) -> dict[str, float]:

@@ -51,7 +51,6 @@ from arc_ao.shipped import CALIBRATION_TEXT, MODEL
 NAMES = ("shipped", "encoder", "stories260K", "qwen3")
 SQNR_BATCHES = 2  # of the evaluation data
 LINES, SENTENCES = "wiki lines", "STS-B"
-TEXTS = ("wikitext2", "books")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The record as markdown and JSON, from its rows and claims alone."""
 
+import json
 from typing import Any
 
 from record_methods import PLAIN
@@ -39,9 +40,22 @@ def build_report(
     parts += [_model(name, lines) for name, lines in models.items()]
     parts += [f"## {name}\n\nAbsent: its files were not found." for name in header["absent_models"]]
     parts += ["## Relations", _claims([c for c in verdicts if not c["acceptance"]])]
-    measured = [row for row in rows if row["commit"] is not None]
+    measured = [_stored(row) for row in rows if row["commit"] is not None]
     document = {"benchmark": "accuracy record", **header, "claims": verdicts, "rows": measured}
     return "\n\n".join(part.strip() for part in parts) + "\n", document
+
+
+def to_json(document: dict[str, Any]) -> str:
+    """Text of the document with one line for each of its rows."""
+    rows = ",\n  ".join(json.dumps(row) for row in document["rows"])
+    rest = json.dumps({k: v for k, v in document.items() if k != "rows"}, indent=1)
+    return rest.removesuffix("\n}") + f',\n "rows": [\n  {rows}\n ]\n}}\n'
+
+
+def _stored(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without the settings that the header has; "applied" holds its configs."""
+    weights = {"weights": row["settings"]["weights"]}
+    return {k: v for k, v in row.items() if k != "settings"} | weights
 
 
 def table(headings: tuple[str, ...], body: list[list[str]], text: int = 1) -> str:

@@ -25,7 +25,7 @@ from record_clock import Clock
 from record_data import data_checks
 from record_methods import all_rows, describe, is_seeded, quantized_rows
 from record_models import NAMES, Settings, Subject, directories, identity, load_subject
-from record_report import build_report
+from record_report import build_report, to_json
 from record_store import Job, Store, code_commit
 
 from arc_ao.env import env_report
@@ -172,8 +172,7 @@ def write_report(
     markdown, document = build_report(rows, verdicts, header)
     output.mkdir(parents=True, exist_ok=True)
     (output / "accuracy.md").write_text(markdown, encoding="utf-8")
-    text = json.dumps(document, indent=1)
-    (output / "accuracy.json").write_text(text + "\n", encoding="utf-8")
+    (output / "accuracy.json").write_text(to_json(document), encoding="utf-8")
 
 
 def print_verdicts(verdicts: list[Claim]) -> bool:

@@ -1,5 +1,6 @@
 """What the accuracy record says of its rows: made-up rows, known verdicts."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def row(model: str, method: str, divergence: float, **changes) -> dict:
     cost = {"extra_channels": 0.1, "extra_bits": 0.1, "extra_multiply_adds": 0.1}
     found = {"model": model, "method": method, "seed": 0, "group": "other", "commit": "c"}
     found |= {"error": None, "metrics": metrics, "cost": cost, "cpu_seconds": 1.0}
+    found["settings"] = {"weights": "abc"}
     return found | changes
 
 
@@ -149,4 +151,6 @@ def test_report_lists_everything():
     assert "## qwen3\n\nAbsent" in markdown
     assert "| seeds | 1 for the main rows, 1 for the others |" in markdown
     assert len(document["rows"]) == len(rows) - 1 and document["claims"] == claims
+    assert json.loads(record_report.to_json(document)) == document
+    assert document["rows"][0]["weights"] == "abc"
     assert (markdown, document) == record_report.build_report(rows, claims, HEADER)
