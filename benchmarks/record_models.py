@@ -135,7 +135,7 @@ class Subject:
 
     def measure_reference(self) -> dict[str, Any]:
         """Keep the unquantized model's outputs and return its own figures."""
-        self.reference = [output.clone() for output in self.outputs(self.model)]
+        self.reference = list(self.outputs(self.model))
         return self.score(self.reference, None)
 
     def measure(self, row: Row, seed: int, with_tasks: bool) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_models import byte_tokenizer, perturbed, tiny_llama
+from tiny_models import END_OF_TEXT, VOCAB_SIZE, byte_tokenizer, perturbed, tiny_llama
 from torch import nn
+from transformers import BertConfig, BertModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))  # scripts
 
@@ -89,6 +90,31 @@ def test_a_run_goes_on_where_it_stopped(record, monkeypatch, capsys):
     assert "NOT MEASURED: shipped" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         record.run("--report-only", "--check")
+
+
+def test_an_encoder_is_compared_by_its_embeddings(record, tmp_path, monkeypatch):
+    """Both figures, two seeds, no lm-eval tasks."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = BertConfig(vocab_size=VOCAB_SIZE, num_attention_heads=2, **sizes)
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = END_OF_TEXT
+    tokenizer.save_pretrained(tmp_path / "bert")
+    monkeypatch.setattr(record_models, "model_directory", lambda name: tmp_path / "bert")
+    lines = [f"{i} " + WORDS[40 * i : 40 * i + 199].replace("\n", " ") for i in range(240)]
+    (tmp_path / "data" / record_data.WIKI_LINES).write_text("\n".join(f"{x:x<201}" for x in lines))
+    pairs = [f"about {i},about {i * i},{i % 6}" for i in range(12)]
+    (tmp_path / "data" / record_data.STSB).write_text("\n".join(pairs))
+    methods = ["--methods", "unquantized", "plain NVFP4", "ARC (paper) 10 %"]
+    rows = record.run(*methods, "--models", "encoder", "--evaluation-lines", "3")["rows"]
+    assert [row["error"] for row in rows] == [None] * 4
+    found = [row["metrics"][record_models.LINES].get("one_minus_cosine") for row in rows]
+    assert found[0] is None and all(0 < value < 0.1 for value in found[1:])
+    assert all(-100 <= row["metrics"]["STS-B"]["sts_spearman"] <= 100 for row in rows)
+    assert not any("tasks" in row for row in rows)
+    assert set(rows[1]["sqnr_db"]) == set(record_metrics.KINDS)  # the pooler is none of them
+    assert "## encoder" in (record.output / "accuracy.md").read_text()
 
 
 def test_a_model_that_does_not_load_fails_all_its_rows(record, monkeypatch):
