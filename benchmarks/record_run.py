@@ -95,7 +95,7 @@ def _measure(subject: Subject, job: Job, reference: dict, folder: Path) -> dict[
         result = {"metrics": reference, "dtype": dtype}
         return result | (subject.tasks(subject.model) if job.with_tasks else {})
     if job.group == "peer":
-        return record_peers.measure(subject, job.method, job.seed, folder / "peers")
+        return record_peers.measure(subject, job.method, job.seed, folder / "peers" / job.model)
     return subject.measure(all_rows()[job.method], job.seed, job.with_tasks)
 
 
