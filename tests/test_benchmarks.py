@@ -15,6 +15,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # scripts, not a package
 
 import accuracy  # noqa: E402
+import encoder  # noqa: E402
 import gptq_memory  # noqa: E402
 import imatrix  # noqa: E402
 import layer_sqnr  # noqa: E402
@@ -88,18 +89,18 @@ def test_profiles_take_layers_in_order():
 def test_mean_pool_leaves_padding_out():
     hidden = torch.tensor([[[1.0], [3.0], [100.0]], [[5.0], [7.0], [9.0]]])
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
-    assert accuracy.mean_pool(hidden, mask).tolist() == [[2.0], [7.0]]
+    assert encoder.mean_pool(hidden, mask).tolist() == [[2.0], [7.0]]
 
 
 def test_select_lines_counts_long_lines_only():
     """201 characters are long, 200 are not; calibration and evaluation keep their distance."""
     long = [f"{i:03d}" + "x" * 198 for i in range(110)]
     text = "\n".join(line for i in long for line in ("", " short ", "y" * 200, f" {i} "))
-    calibration, evaluation = accuracy.select_lines(text, 3, 5)
+    calibration, evaluation = encoder.select_lines(text, 3, 5)
     assert [line[:3] for line in calibration] == ["000", "001", "002"]
     assert [line[:3] for line in evaluation] == ["100", "101", "102", "103", "104"]
     with pytest.raises(ValueError, match="at least 111 lines"):
-        accuracy.select_lines(text, 3, 11)
+        encoder.select_lines(text, 3, 11)
 
 
 def test_accuracy_without_text_says_what_to_pass(capsys):

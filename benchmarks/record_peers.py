@@ -1,0 +1,52 @@
+"""Rows of other libraries (benchmarks/peers): their outputs, measured like our own."""
+
+from pathlib import Path
+from typing import Any
+
+from record_models import Subject
+
+from arc_ao.cost import PLAIN_BITS
+
+RUNNER = Path(__file__).parent / "peers" / "run.py"
+
+
+def names() -> list[str]:
+    """Names of all peer rows, "peer: recipe"; none where the peers are not part of the checkout."""
+    if not RUNNER.is_file():
+        return []
+    from peers.run import PEERS
+
+    return [f"{peer}: {recipe}" for peer, recipes in PEERS.items() for recipe in recipes]
+
+
+def measure(subject: Subject, method: str, seed: int, work: Path) -> dict[str, Any]:
+    """Let a peer quantize a model, and measure its outputs.
+
+    Raises:
+        RuntimeError: what the peer says.
+    """
+    from peers.run import peer_outputs
+
+    peer, recipe = method.split(": ", 1)
+    found = peer_outputs(
+        peer,
+        recipe,
+        subject.directory,
+        subject.kind,
+        subject.calibration(seed),
+        subject.batches,
+        work,
+    )
+    if found.outputs is None:
+        raise RuntimeError(found.error)
+    bits = found.info.get("bits_per_weight")
+    cost = {
+        "extra_channels": 0.0,
+        "extra_bits": None if bits is None else bits - PLAIN_BITS,
+        "extra_multiply_adds": found.info.get("extra_multiply_adds"),
+    }
+    return {
+        "cost": cost,
+        "applied": found.info,
+        "metrics": subject.score(found.outputs, subject.reference),
+    }

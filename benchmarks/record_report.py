@@ -1,0 +1,179 @@
+"""The record as markdown and JSON, from its rows and claims alone."""
+
+import json
+from typing import Any
+
+from record_methods import PLAIN
+from record_metrics import KINDS
+from record_table import Line, closed, lines_by_model
+
+COST_COLUMNS = ("extra channels", "bits/weight", "multiply-adds")
+DECODER_COLUMNS = ("ppl wiki", "KL wiki", "closed", "ppl books", "KL books", "closed")
+ENCODER_COLUMNS = ("1 - cosine", "closed", "STS-B")
+SQNR_COLUMNS = tuple(f"{kind} dB" for kind in KINDS)
+
+EXPLANATION = """\
+Made by `python benchmarks/accuracy.py --all --data DIR` from the rows in `accuracy.json`.
+
+Every row is the mean over its seeds, which draw other calibration data; "+-" is half of largest
+less smallest. Costs are over plain NVFP4 (`arc_ao/cost.py`): extra channels over in_features, extra
+stored bits per weight, extra multiply-adds per token. "closed" is the share of plain NVFP4's
+divergence (KL per token in nats, 1 - cosine) that a row removes. SQNR is of linears' outputs, mean
+by kind. "STS-B" is Spearman's correlation times 100. "CPU s" is the time to
+quantize, of all threads together.
+"""
+
+
+def build_report(
+    rows: list[dict[str, Any]], verdicts: list[dict[str, Any]], header: dict[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """Markdown and the JSON document of a record.
+
+    Args:
+        rows: measured, failed (with "error") and planned ones that were not run.
+        verdicts: of `record_claims.claims`.
+        header: versions, settings, absent models.
+    """
+    models = lines_by_model(rows)
+    parts = ["# Accuracy record", EXPLANATION, _header(rows, header), "## Claims"]
+    parts.append(_claims([c for c in verdicts if c["acceptance"]]))
+    parts += [_model(name, lines) for name, lines in models.items()]
+    parts += [f"## {name}\n\nAbsent: its files were not found." for name in header["absent_models"]]
+    parts += ["## Relations", _claims([c for c in verdicts if not c["acceptance"]])]
+    measured = [_stored(row) for row in rows if row["commit"] is not None]
+    document = {"benchmark": "accuracy record", **header, "claims": verdicts, "rows": measured}
+    return "\n\n".join(part.strip() for part in parts) + "\n", document
+
+
+def to_json(document: dict[str, Any]) -> str:
+    """Text of the document with one line for each of its rows."""
+    rows = ",\n  ".join(json.dumps(row) for row in document["rows"])
+    rest = json.dumps({k: v for k, v in document.items() if k != "rows"}, indent=1)
+    return rest.removesuffix("\n}") + f',\n "rows": [\n  {rows}\n ]\n}}\n'
+
+
+def _stored(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without the settings that the header has; "applied" holds its configs."""
+    weights = {"weights": row["settings"]["weights"]}
+    return {k: v for k, v in row.items() if k != "settings"} | weights
+
+
+def table(headings: tuple[str, ...], body: list[list[str]], text: int = 1) -> str:
+    """A markdown table; the first `text` columns are words, the others are figures."""
+    rule = ["---" if i < text else "---:" for i in range(len(headings))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [list(headings), rule, *body])
+
+
+def _header(rows: list[dict[str, Any]], header: dict[str, Any]) -> str:
+    commits = sorted({row["commit"] for row in rows if row["commit"]})
+    facts = {
+        "commit": ", ".join(commits) or "no row measured",
+        "versions": ", ".join(f"{name} {v}" for name, v in header["versions"].items() if v),
+        "machine": f"{header['cpu']}, {header['threads']} threads",
+        "seeds": f"{header['seeds']} for the main rows, 1 for the others",
+    }
+    facts |= {k.replace("_", " "): str(v) for k, v in header["settings"].items()}
+    facts |= {name: str(count) for name, count in header["data_checks"].items()}
+    return table(("", "run"), [[name, value] for name, value in facts.items()], text=2)
+
+
+def _claims(verdicts: list[dict[str, Any]]) -> str:
+    body = [[c["claim"], c["verdict"], c["detail"]] for c in verdicts]
+    return table(("claim", "verdict", "figures"), body, text=3)
+
+
+def _model(name: str, lines: dict[str, Line]) -> str:
+    encoder = name == "encoder"
+    columns = ENCODER_COLUMNS if encoder else DECODER_COLUMNS
+    headings = ("", *COST_COLUMNS, *columns, *SQNR_COLUMNS, "seeds", "CPU s")
+    plain = lines.get(PLAIN)
+    measured = [line for line in lines.values() if line.measured]
+    figures = _encoder_cells if encoder else _decoder_cells
+    body = [
+        [
+            line.method,
+            *_costs(line),
+            *figures(line, plain),
+            *_sqnr(line),
+            str(max(map(len, line.values.values()))),
+            _figure(line, "cpu_seconds", "{:.0f}"),
+        ]
+        for line in measured
+    ]
+    parts = [f"## {name}", table(headings, body)]
+    parts += [_tasks(lines)] if any(line.tasks for line in lines.values()) else []
+    parts += [_errors(lines), _not_run(lines)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _costs(line: Line) -> list[str]:
+    if line.group == "reference":
+        return ["-", "-", "-"]
+    return [
+        _figure(line, "extra_channels", "{:.1%}"),
+        _figure(line, "extra_bits", "{:+.2f}"),
+        _figure(line, "extra_multiply_adds", "{:+.1%}"),
+    ]
+
+
+def _decoder_cells(line: Line, plain: Line | None) -> list[str]:
+    cells = []
+    for text in ("wikitext2", "books"):
+        figure = f"{text}/mean_kl"
+        cells += [_figure(line, f"{text}/perplexity", "{:.2f}"), _spread(line, figure)]
+        cells.append(_share(closed(line, plain, figure)))
+    return cells
+
+
+def _encoder_cells(line: Line, plain: Line | None) -> list[str]:
+    figure = "wiki lines/one_minus_cosine"
+    share = _share(closed(line, plain, figure))
+    return [_spread(line, figure), share, _figure(line, "STS-B/sts_spearman", "{:.2f}")]
+
+
+def _sqnr(line: Line) -> list[str]:
+    return [_figure(line, f"sqnr/{kind}", "{:.2f}") for kind in KINDS]
+
+
+def _figure(line: Line, name: str, form: str) -> str:
+    value = line.mean(name)
+    return "-" if value is None else form.format(value)
+
+
+def _spread(line: Line, name: str) -> str:
+    value, half = line.mean(name), line.half_range(name)
+    if value is None:
+        return "-"
+    return f"{value:.4f}" + ("" if half is None else f" +- {half:.4f}")
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _tasks(lines: dict[str, Line]) -> str:
+    """Accuracies with the standard error of each mean; chance is 20 to 50 %."""
+    found = [line for line in lines.values() if line.tasks]
+    names = list(found[0].tasks)
+    body = []
+    for line in found:
+        cells = [f"{100 * line.tasks[n]['accuracy']:.1f}" for n in names]
+        mean = sum(line.tasks[n]["accuracy"] for n in names) / len(names)
+        error = sum(line.tasks[n]["standard_error"] ** 2 for n in names) ** 0.5 / len(names)
+        body.append([line.method, *cells, f"{100 * mean:.1f} +- {100 * error:.1f}"])
+    counts = ", ".join(f"{n} {found[0].tasks[n]['n']:.0f}" for n in names)
+    words = (
+        f"lm-eval, local files, percent right of the first rows ({counts}); "
+        '"+-" is the standard error of the mean. Models of this size are near chance here.'
+    )
+    return words + "\n\n" + table(("", *names, "mean"), body)
+
+
+def _errors(lines: dict[str, Line]) -> str:
+    body = [f"* {line.method}: {error}" for line in lines.values() for error in line.errors]
+    return "Failed:\n\n" + "\n".join(body) if body else ""
+
+
+def _not_run(lines: dict[str, Line]) -> str:
+    names = [line.method for line in lines.values() if not line.measured and not line.errors]
+    return f"Not run: {'; '.join(names)}." if names else ""
