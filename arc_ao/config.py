@@ -119,10 +119,12 @@ class ARCConfig(AOBaseConfig):
             instead of a budget; multiples of 16.
         weight_scale: block scales of weights: "amax", "mse" (searched, weighted by E[x^2]),
             "four_over_six", "local_hessian" (searched, weighted by the 16 x 16 diagonal blocks of
-            E[x x^T]; block by block, as for rounding "gptq").
+            E[x x^T]; which Hessian as for rounding "gptq").
         rounding: of weights: "nearest", or "gptq", which rounds column by column and lets later
-            columns make up for the error (methods/gptq.py). It quantizes block by block and needs
-            the one call with calibration data.
+            columns make up for the error (methods/gptq.py). The one call goes block by block, with
+            Hessians of inputs from quantized predecessors; the three steps and the graph flow
+            take those of the unquantized model (methods/hessian.py), 4 in_features^2 bytes for
+            every distinct input while it is under calibration.
         damping: what is added to the diagonal of GPTQ's Hessian, over the mean of that diagonal.
         layer_weights: the worth of removed error in each layer: "equal" (errors relative to the
             layer's output), or "measured" (times the divergence of the model's output that
@@ -300,7 +302,7 @@ class ARCConfig(AOBaseConfig):
 
     @property
     def needs_hessian(self) -> bool:
-        """True where weights need E[x x^T] of their inputs, gathered block by block."""
+        """True where weights need E[x x^T] of their inputs."""
         resolved = self.resolve()
         return resolved.rounding == "gptq" or resolved.weight_scale == "local_hessian"
 
