@@ -13,7 +13,7 @@ from arc_ao.formats.nvfp4 import BLOCK_SIZE
 ChannelOrder = Literal["none", "amax"]
 Granularity = Literal["block", "channel"]
 Selection = Literal["energy", "threshold"]
-Smooth = Literal["none", "flatten", "search"]
+Smooth = Literal["none", "flatten", "search", "awq"]
 Branch = Literal["svd", "arhq"]
 Recipe = Literal["auto", "best", "balanced", "paper", "plain"]
 WeightScale = Literal["amax", "mse", "four_over_six", "local_hessian"]
@@ -71,7 +71,6 @@ WEIGHT_ONLY: dict[str, Any] = {
     "exchange_rate": "inf",
     "activation_scale": "none",
     "four_over_six": False,
-    "smooth": "none",
     "rotation": 0,
     "rank": 0,
 }
@@ -86,7 +85,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "layer_weights": ("equal", "measured", None),
     "activation_scale": ("token", "tensor", "static", "none", None),
     "four_over_six": (True, False, None),
-    "smooth": ("none", "flatten", "search"),
+    "smooth": ("none", "flatten", "search", "awq"),
     "rotation": (0, 16, 32, 64, 128),
     "branch": ("svd", "arhq"),
     "pad_in_features": (True, False),
@@ -133,7 +132,8 @@ class ARCConfig(AOBaseConfig):
             (calibrated constant). "none" belongs to activation="bf16" and follows from it.
         four_over_six: choose each activation block's scale between amax/6 and amax/4.
         smooth: channel scales moved from inputs to weights: "none", "flatten" (SERQ: inputs to amax
-            1), "search" (SmoothQuant, AWQ: by the layer's output error).
+            1), "search" (SmoothQuant: by the layer's output error), "awq" (by the error of rounding
+            the weight alone; the usual partner of activation="bf16").
         rotation: size of a block Hadamard rotation, 0 for none (methods/rotation.py).
         rank: of a 16-bit low-rank branch, 0 for none.
         branch: how it is found: "svd" (SVDQuant) or "arhq".
