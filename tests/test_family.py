@@ -1,4 +1,4 @@
-"""The neighbouring methods as configs: every flow, bit for bit; degenerate weights; what they gain."""
+"""The neighbouring methods as configs: every flow, bit for bit; degenerate weights; their gains."""
 
 import warnings
 
