@@ -22,9 +22,8 @@ METHODS = {
     "single channels": ARCConfig(**BALANCED, granularity="channel"),
     "NVFP4": NVFP4Config(),
     "SERQ": SERQConfig(budget=0.1),
-    "SERQ, published": SERQConfig(
-        num_weight_channels=32, selection="threshold", channel_order="amax"
-    ),
+    "SERQ, unsorted": SERQConfig(budget=0.1, channel_order="none"),
+    "SERQ, published": SERQConfig(num_weight_channels=32, selection="threshold"),
     "SVDQuant": SVDQuantConfig(rank=4, branch_iterations=2),
     "ARHQ": ARHQConfig(rank=4),
     "ARHQ, more rank than channels": ARHQConfig(rank=128, branch_iterations=2),

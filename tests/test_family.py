@@ -18,9 +18,8 @@ FAMILY = {
     "plain": NVFP4Config(),
     "rotated": NVFP4Config(rotation=16),
     "SERQ": SERQConfig(budget=0.1),
-    "SERQ, published": SERQConfig(
-        num_weight_channels=32, selection="threshold", channel_order="amax"
-    ),
+    "SERQ, unsorted": SERQConfig(budget=0.1, channel_order="none"),
+    "SERQ, published": SERQConfig(num_weight_channels=32, selection="threshold"),
     "SVDQuant": SVDQuantConfig(rank=4, branch_iterations=2),
     "ARHQ": ARHQConfig(rank=8),
     "smoothing + ARC": ARCConfig(recipe="balanced", smooth="search"),
