@@ -237,13 +237,13 @@ def without_folders(value: Any) -> Any:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     torch.set_num_threads(args.threads)
+    header = {"benchmark": "layer_methods", "commit": commit()}
     results = measure_all(args)
     passed = all(r["holds"] for result in results.values() for r in result["relations"].values())
     print(f"{'PASS' if passed else 'FAIL'}: relations of the papers")
-    header = {"benchmark": "layer_methods", "commit": commit(), "passed": passed}
     names = [without_folders(a) for a in (sys.argv[1:] if argv is None else argv)]
     header["command"] = shlex.join(["python", "benchmarks/layer_methods.py", *names])
-    document = header | run_header(args) | {"results": results}
+    document = header | run_header(args) | {"passed": passed, "results": results}
     document["arguments"] = {k: without_folders(v) for k, v in vars(args).items()}
     if args.record is not None:
         args.record.write_text(json.dumps(document, indent=1, default=str) + "\n")

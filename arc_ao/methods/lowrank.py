@@ -115,10 +115,10 @@ def metric_root(gram: Tensor) -> Tensor | None:
     if not (mean > 0 and torch.isfinite(mean)):
         return None
     gram, floor = gram / mean, RELATIVE_FLOOR
+    diagonal = gram.diagonal().clone()
     while True:
-        floored = gram.clone()
-        floored.diagonal().add_(floor)
-        root, info = torch.linalg.cholesky_ex(floored)
+        gram.diagonal().copy_(diagonal + floor)
+        root, info = torch.linalg.cholesky_ex(gram)
         if info.item() == 0:
             return root
         floor *= 10  # ends: with a floor above the sum of a row's magnitudes it is dominant
