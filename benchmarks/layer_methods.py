@@ -160,7 +160,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--encoder", help="'minilm' or a model directory; needs --text")
     parser.add_argument("--text", type=Path)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND")
-    parser.add_argument("--every", type=int, default=18, help="take every n-th layer")
+    parser.add_argument("--every", type=int, default=18, help="take every n-th constructed layer")
+    parser.add_argument(
+        "--every-real", type=int, default=2, help="take every n-th layer of a model"
+    )
     parser.add_argument("--tokens", type=int, default=1024, help="for calibration and evaluation")
     parser.add_argument("--out-features", type=int, default=512)
     parser.add_argument("--max-channels", type=int, help="of constructed problems; default: all")
@@ -196,9 +199,9 @@ def sources(args: argparse.Namespace) -> dict[str, list[Problem]]:
         )
         found[f"{path.name} (constructed)"] = list(problems)
     if args.shipped:
-        found["shipped Llama"] = shipped_problems(args.every, args.tokens)
+        found["shipped Llama"] = shipped_problems(args.every_real, args.tokens)
     if args.encoder:
-        found["encoder"] = encoder_problems(args.encoder, args.text, args.every, args.tokens)
+        found["encoder"] = encoder_problems(args.encoder, args.text, args.every_real, args.tokens)
     return {t: [p for p in problems if p.kind in args.kinds] for t, problems in found.items()}
 
 
