@@ -18,10 +18,10 @@ FAMILY = {
     "plain": NVFP4Config(),
     "rotated": NVFP4Config(rotation=16),
     "SERQ": SERQConfig(budget=0.1),
-    "SERQ, unsorted": SERQConfig(budget=0.1, channel_order="none"),
     "SERQ, published": SERQConfig(num_weight_channels=32, selection="threshold"),
     "SVDQuant": SVDQuantConfig(rank=4, branch_iterations=2),
     "ARHQ": ARHQConfig(rank=8),
+    "ARC": ARCConfig(recipe="balanced", budget=0.2, exchange_rate=0.3),
     "smoothing + ARC": ARCConfig(recipe="balanced", smooth="search"),
     "everything": ARHQConfig(rank=4, budget=0.1, rotation=32, channel_order="amax"),
 }
@@ -76,10 +76,10 @@ def test_the_graph_flow_gives_the_bits_of_the_eager_one(config):
         assert torch.equal(converted(x), eager(x))
 
 
-@pytest.mark.parametrize("name", ["SERQ, published", "SVDQuant", "everything"])
-def test_exported_and_traced_models_are_bit_equal(name):
+@methods
+def test_exported_and_traced_models_are_bit_equal(config):
     """torch.export with a dynamic length, and torch.compile of the whole graph."""
-    model = pair(FAMILY[name])
+    model = pair(config)
     rows = ({0: torch.export.Dim("rows", min=2, max=64)},)
     program = torch.export.export(model, (HIDDEN[0],), dynamic_shapes=rows).module()
     torch._dynamo.reset()
