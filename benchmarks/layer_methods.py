@@ -205,22 +205,19 @@ def sources(args: argparse.Namespace) -> dict[str, list[Problem]]:
     return {t: [p for p in problems if p.kind in args.kinds] for t, problems in found.items()}
 
 
-def measure_all(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Title -> shapes, rows and relations of its problems, printed as they come."""
-    results = {}
-    for title, problems in sources(args).items():
-        by_kind: dict[str, list[dict[str, Row]]] = {}
-        shapes: dict[str, list[list[int]]] = {}
-        for i, problem in enumerate(problems):
-            print(f"{title}: linear {i + 1} of {len(problems)}", file=sys.stderr)
-            by_kind.setdefault(problem.kind, []).append(measure(problem, args.weight_scale))
-            shapes.setdefault(problem.kind, []).append(list(problem.weight.shape))
-        print_table(by_kind, f"{title}: output SQNR in dB; cost over plain NVFP4")
-        found = relations([rows for measured in by_kind.values() for rows in measured])
-        for claim, relation in found.items():
-            print(sentence(claim, relation))
-        results[title] = {"shapes": shapes, "relations": found, "kinds": by_kind}
-    return results
+def measure_all(problems: list[Problem], title: str, weight_scale: str) -> dict[str, Any]:
+    """Shapes, rows and relations of the problems of one source, which are printed."""
+    by_kind: dict[str, list[dict[str, Row]]] = {}
+    shapes: dict[str, list[list[int]]] = {}
+    for i, problem in enumerate(problems):
+        print(f"{title}: linear {i + 1} of {len(problems)}", file=sys.stderr)
+        by_kind.setdefault(problem.kind, []).append(measure(problem, weight_scale))
+        shapes.setdefault(problem.kind, []).append(list(problem.weight.shape))
+    print_table(by_kind, f"{title}: output SQNR in dB; cost over plain NVFP4")
+    found = relations([rows for measured in by_kind.values() for rows in measured])
+    for claim, relation in found.items():
+        print(sentence(claim, relation))
+    return {"shapes": shapes, "relations": found, "kinds": by_kind}
 
 
 def commit() -> str:
@@ -237,22 +234,29 @@ def without_folders(value: Any) -> Any:
     return Path(value).name if isinstance(value, Path) or "/" in str(value) else value
 
 
+def header(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
+    """What was run, on which commit and versions."""
+    command = ["python", "benchmarks/layer_methods.py", *(without_folders(a) for a in argv)]
+    found = {"benchmark": "layer_methods", "commit": commit(), "command": shlex.join(command)}
+    arguments = {name: without_folders(value) for name, value in vars(args).items()}
+    return found | run_header(args) | {"arguments": arguments}
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     torch.set_num_threads(args.threads)
-    header = {"benchmark": "layer_methods", "commit": commit()}
-    results = measure_all(args)
-    passed = all(r["holds"] for result in results.values() for r in result["relations"].values())
-    print(f"{'PASS' if passed else 'FAIL'}: relations of the papers")
-    names = [without_folders(a) for a in (sys.argv[1:] if argv is None else argv)]
-    header["command"] = shlex.join(["python", "benchmarks/layer_methods.py", *names])
-    document = header | run_header(args) | {"passed": passed, "results": results}
-    document["arguments"] = {k: without_folders(v) for k, v in vars(args).items()}
-    if args.record is not None:
-        args.record.write_text(json.dumps(document, indent=1, default=str) + "\n")
-        args.record.with_suffix(".md").write_text(markdown(document))
+    document = header(args, sys.argv[1:] if argv is None else argv)
+    document |= {"passed": True, "results": {}}
+    for title, problems in sources(args).items():
+        found = measure_all(problems, title, args.weight_scale)
+        document["results"][title] = found
+        document["passed"] &= all(r["holds"] for r in found["relations"].values())
+        if args.record is not None:  # after every source
+            args.record.write_text(json.dumps(document, indent=1, default=str) + "\n")
+            args.record.with_suffix(".md").write_text(markdown(document))
+    print(f"{'PASS' if document['passed'] else 'FAIL'}: relations of the papers")
     print(json.dumps(document, default=str))
-    if args.check and not passed:
+    if args.check and not document["passed"]:
         raise SystemExit(1)
 
 
