@@ -88,7 +88,8 @@ def markdown(document: dict[str, Any]) -> str:
         f"{document['versions']['torch']}. Evaluation tokens are not those of calibration. Means "
         "over the linears of a kind; bits and multiply-adds are what a row adds to plain NVFP4 at "
         "the shapes measured. Constructed problems have the channel profiles of a real model's "
-        "importance matrix, not its weights. MXFP4 and int4 rows are the formats alone.",
+        f"importance matrix, not its weights{_reduced(document['arguments'])}. MXFP4 and int4 rows "
+        "are the formats alone.",
     ]
     for title, result in document["results"].items():
         kinds = result["kinds"]
@@ -100,6 +101,13 @@ def markdown(document: dict[str, Any]) -> str:
         lines += [_line(row) for row in table_rows(kinds)] + [""]
         lines += [f"* {sentence(c, found)}" for c, found in result["relations"].items()]
     return "\n".join(lines) + "\n"
+
+
+def _reduced(arguments: dict[str, Any]) -> str:
+    """Says so where the constructed problems are smaller than the model's linears."""
+    outputs, channels = arguments["out_features"], arguments["max_channels"]
+    thinned = f" and at most {channels} channels of the profile" if channels else ""
+    return f", at a reduced size: {outputs} outputs{thinned}"
 
 
 def _line(cells: list[str]) -> str:

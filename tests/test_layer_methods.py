@@ -104,6 +104,7 @@ def test_every_row_end_to_end_and_the_check_fails_with_a_relation(tmp_path, caps
     assert json.loads((tmp_path / "record.json").read_text()) == document
     written = (tmp_path / "record.md").read_text()
     assert f"| AWQ, W4A16 | {measured['AWQ, W4A16']['sqnr_db']:.2f} |" in written
+    assert "at a reduced size: 48 outputs." in written
     assert "* MLP input: 1 linears [N, K] 48 x 128" in written and str(tmp_path) not in written
     assert written.count("PASS: ") + written.count("FAIL: ") == len(layer_relations.CLAIMS)
     failing = {"claim": {"gain_db": -1.0, "wins": 0, "of": 1, "holds": False}}
