@@ -13,7 +13,7 @@ from arc_ao.formats.nvfp4 import BLOCK_SIZE
 ChannelOrder = Literal["none", "amax"]
 Granularity = Literal["block", "channel"]
 Selection = Literal["energy", "threshold"]
-Smooth = Literal["none", "flatten", "search"]
+Smooth = Literal["none", "flatten", "search", "awq"]
 Branch = Literal["svd", "arhq"]
 Recipe = Literal["auto", "best", "balanced", "paper", "plain"]
 WeightScale = Literal["amax", "mse", "four_over_six", "local_hessian"]
@@ -71,7 +71,6 @@ WEIGHT_ONLY: dict[str, Any] = {
     "exchange_rate": "inf",
     "activation_scale": "none",
     "four_over_six": False,
-    "smooth": "none",
     "rotation": 0,
     "rank": 0,
 }
@@ -86,7 +85,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "layer_weights": ("equal", "measured", None),
     "activation_scale": ("token", "tensor", "static", "none", None),
     "four_over_six": (True, False, None),
-    "smooth": ("none", "flatten", "search"),
+    "smooth": ("none", "flatten", "search", "awq"),
     "rotation": (0, 16, 32, 64, 128),
     "branch": ("svd", "arhq"),
     "pad_in_features": (True, False),
@@ -119,10 +118,12 @@ class ARCConfig(AOBaseConfig):
             instead of a budget; multiples of 16.
         weight_scale: block scales of weights: "amax", "mse" (searched, weighted by E[x^2]),
             "four_over_six", "local_hessian" (searched, weighted by the 16 x 16 diagonal blocks of
-            E[x x^T]; block by block, as for rounding "gptq").
+            E[x x^T]; which Hessian as for rounding "gptq").
         rounding: of weights: "nearest", or "gptq", which rounds column by column and lets later
-            columns make up for the error (methods/gptq.py). It quantizes block by block and needs
-            the one call with calibration data.
+            columns make up for the error (methods/gptq.py). The one call goes block by block, with
+            Hessians of inputs from quantized predecessors; the three steps and the graph flow
+            take those of the unquantized model (methods/hessian.py), 4 in_features^2 bytes for
+            every distinct input while it is under calibration.
         damping: what is added to the diagonal of GPTQ's Hessian, over the mean of that diagonal.
         layer_weights: the worth of removed error in each layer: "equal" (errors relative to the
             layer's output), or "measured" (times the divergence of the model's output that
@@ -131,7 +132,8 @@ class ARCConfig(AOBaseConfig):
             (calibrated constant). "none" belongs to activation="bf16" and follows from it.
         four_over_six: choose each activation block's scale between amax/6 and amax/4.
         smooth: channel scales moved from inputs to weights: "none", "flatten" (SERQ: inputs to amax
-            1), "search" (SmoothQuant, AWQ: by the layer's output error).
+            1), "search" (SmoothQuant: by the layer's output error), "awq" (by the error of rounding
+            the weight alone; the usual partner of activation="bf16").
         rotation: size of a block Hadamard rotation, 0 for none (methods/rotation.py).
         rank: of a 16-bit low-rank branch, 0 for none.
         branch: how it is found: "svd" (SVDQuant) or "arhq".
@@ -300,7 +302,7 @@ class ARCConfig(AOBaseConfig):
 
     @property
     def needs_hessian(self) -> bool:
-        """True where weights need E[x x^T] of their inputs, gathered block by block."""
+        """True where weights need E[x x^T] of their inputs."""
         resolved = self.resolve()
         return resolved.rounding == "gptq" or resolved.weight_scale == "local_hessian"
 

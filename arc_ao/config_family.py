@@ -10,7 +10,7 @@ K x K matrix in fp64): seconds a linear of a small model, minutes where K is in 
 
 from dataclasses import dataclass
 
-from arc_ao.config import ARCConfig, Branch, Recipe, Smooth
+from arc_ao.config import ARCConfig, Branch, ChannelOrder, Recipe, Smooth
 
 
 @dataclass
@@ -23,16 +23,19 @@ class NVFP4Config(ARCConfig):
 
 @dataclass
 class SERQConfig(ARCConfig):
-    """SERQ (arXiv 2603.08185): inputs flattened to amax 1, residuals of the salient weight blocks.
+    """SERQ (arXiv 2603.08185): inputs flattened to amax 1, channels sorted by the amax they had
+    before (saliency), residuals of the salient weight blocks.
 
     The default spends `budget` on the 16-channel blocks whose weight error costs most. As
-    published, 128 channels a layer by saliency order (amax of the input, sorted at run time):
-    `SERQConfig(num_weight_channels=128, selection="threshold", channel_order="amax")`. The paper
-    uses int4 and MXFP4; NVFP4 is an adaptation, and there flattening can cost more than it gains:
-    on the shipped model's linears -0.19 dB against plain, +0.30 dB with `smooth="none"`.
+    published, 128 channels a layer by saliency:
+    `SERQConfig(num_weight_channels=128, selection="threshold")`. Sorting, a gather at run time,
+    belongs to it: flattening moves the channels' sizes into the weights, and only sorted do 16 of
+    like size share a block. `channel_order="none"` without the gather loses most of the gain. The
+    paper uses int4 and MXFP4; NVFP4 is an adaptation (benchmarks/layer_methods.py has all three).
     """
 
     recipe: Recipe = "balanced"
+    channel_order: ChannelOrder | None = "amax"
     exchange_rate: float | str | None = "inf"
     smooth: Smooth = "flatten"
 

@@ -3,7 +3,7 @@
 The steps between calibration/sequential.py, which says what runs when, and methods/gptq.py.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -13,8 +13,8 @@ from arc_ao.calibration.sequential import quantize_sequentially
 from arc_ao.calibration.session import CalibrationSession, Member, detach
 from arc_ao.calibration.work_dir import WorkDir
 from arc_ao.memory import release_memory
-from arc_ao.methods.gptq import prepare_rounding, round_weight
-from arc_ao.methods.weights import LayerPlan, quantize_weight
+from arc_ao.methods.hessian import quantize_group
+from arc_ao.methods.weights import LayerPlan
 from arc_ao.tensor import ARCTensor
 
 
@@ -43,7 +43,10 @@ def convert_blocks(
         return owners[member.module].plans[member.name]
 
     def convert(group: list[Member], gram: Gram | None) -> None:
-        for member, tensor in zip(group, _quantized(group, plan_of, gram), strict=True):
+        weights = [member.module.weight.detach() for member in group]
+        plans, names = [plan_of(m) for m in group], [m.name for m in group]
+        tensors = quantize_group(weights, plans, names, gram.take if gram else lambda: None)
+        for member, tensor in zip(group, tensors, strict=True):
             finish(member, tensor)
 
     def finish(member: Member, tensor: ARCTensor) -> None:
@@ -60,19 +63,3 @@ def convert_blocks(
         for module in owners:
             detach(module)
         raise
-
-
-def _quantized(
-    group: list[Member], plan_of: Callable[[Member], LayerPlan], gram: Gram | None
-) -> Iterator[ARCTensor]:
-    """Weights of the linears that read one input, each made when it is asked for."""
-    first = plan_of(group[0])
-    rounding = None
-    if first.config.needs_hessian:
-        rounding = prepare_rounding(gram.take, first, [member.name for member in group])
-    for member in group:
-        weight, plan = member.module.weight.detach(), plan_of(member)
-        if rounding is None:
-            yield quantize_weight(weight, plan)
-        else:
-            yield round_weight(weight, plan, rounding)

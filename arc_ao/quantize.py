@@ -4,7 +4,8 @@ one call            collect targets -> prepare -> calibrate -> measure the recip
                     where weights need Hessians block by block (calibration/sequential.py)
 step="prepare"      an observer on every linear
 (run the model)     statistics, shared inputs
-step="convert"      one plan for all linears of the config, then one weight after the other
+step="convert"      one plan for all linears of the config, then one weight after the other;
+                    Hessians are those of the unquantized model's inputs (methods/hessian.py)
 step="prepare_for_loading"   an empty ARCTensor of the shape that a checkpoint has
 """
 
@@ -31,6 +32,7 @@ from arc_ao.formats.nvfp4 import BLOCK_SIZE
 from arc_ao.integrations.huggingface import attach_quantizer
 from arc_ao.loading import empty_tensor
 from arc_ao.memory import release_memory
+from arc_ao.methods.hessian import shared_roundings
 from arc_ao.methods.measured import load_sessions, save_sessions
 from arc_ao.methods.plan import analyse_session, make_plans, weight_amax
 from arc_ao.methods.recipe import Trial, search_batches, search_recipe
@@ -119,7 +121,9 @@ def _calibrate_and_resolve(
 ) -> dict[int, tuple[ARCConfig, list[Trial]]]:
     """Prepare and calibrate, then measure; id of each config -> its convert config and trials."""
     for config, modules in groups:
-        _apply(model, config.with_step("prepare"), modules)
+        prepare = config.with_step("prepare")
+        prepare.__dict__["_session"] = CalibrationSession(prepare, sums_products=False)
+        _apply(model, prepare, modules)
     sessions = [observer_on(next(iter(modules.values()))).session for _, modules in groups]
     if any(session.config.sample_tokens for session in sessions):
         work = None  # rows of the inputs are not kept there: they are gathered anew
@@ -173,7 +177,6 @@ def _run_step(
                 converts.append((config, modules))
                 continue
             if isinstance(config, ARCConfig) and config.step == "prepare":
-                _refuse_hessian(config)
                 config.__dict__.pop("_session", None)  # every "prepare" starts its own session
             _apply(model, config, modules)
     _convert_groups(converts, progress)
@@ -305,10 +308,11 @@ def _convert(module: nn.Linear, config: ARCConfig) -> None:
     session = observer.session
     if session.plans is None or observer.name not in session.plans:
         _plan_unsearched(session, config)
-    plan = session.plans.pop(observer.name)
-    packed = quantize_weight(module.weight.detach(), plan).packed()
+    name, weight = observer.name, module.weight.detach()
+    plan, rounding = session.plans.pop(name), session.roundings.pop(name, None)
+    tensor = rounding.quantize(name, weight, plan) if rounding else quantize_weight(weight, plan)
     detach(module)
-    _swap_weight(module, packed)
+    _swap_weight(module, tensor.packed())
     release_memory()
 
 
@@ -327,7 +331,6 @@ def _plan_session(
 
 def _plan_unsearched(session: CalibrationSession, config: ARCConfig) -> None:
     """Plan a session of the three-step flow, which has no data left to measure recipes on."""
-    _refuse_hessian(config)
     weighed = ["layer_weights"] if config.weighs_layers else []
     if unmeasured := config.searched + weighed:
         warnings.warn(
@@ -335,21 +338,9 @@ def _plan_unsearched(session: CalibrationSession, config: ARCConfig) -> None:
             "recipe='balanced'. Call arc_ao.quantize_(..., calibration_data=...) to measure them",
             stacklevel=2,
         )
+    roundings = shared_roundings(session) if config.needs_hessian else {}
     _plan_session(session, config.resolve())
-
-
-def _refuse_hessian(config: ARCConfig) -> None:
-    """The steps cannot go through the model block by block.
-
-    Raises:
-        ValueError: a config whose weights need Hessians.
-    """
-    if config.needs_hessian:
-        raise ValueError(
-            "expected rounding='nearest' and a weight_scale other than 'local_hessian' in a "
-            "prepare/convert flow, found a config that quantizes block by block (recipe='best' "
-            "does); call arc_ao.quantize_(model, config, calibration_data=...) instead"
-        )
+    session.roundings = roundings
 
 
 def _quantize_uncalibrated(module: nn.Linear, config: ARCConfig) -> None:

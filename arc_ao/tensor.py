@@ -301,6 +301,9 @@ def arc_linear(x: Tensor, weight: ARCTensor, bias: Tensor | None = None) -> Tens
             f"linear with an ARCTensor: x has {x.shape[-1]} channels, the weight has "
             f"in_features {weight.in_features}"
         )
+    source = x
+    if weight.input_scale is not None or weight.rotation is not None:
+        x = transform_input(x, weight.input_scale, weight.rotation, weight.input_plan)
     if not weight.quantizes_input:
         y = nvfp4_weight_only_gemm(
             x,
@@ -312,9 +315,6 @@ def arc_linear(x: Tensor, weight: ARCTensor, bias: Tensor | None = None) -> Tens
             weight.weight_layout,
         )
         return y.reshape(*x.shape[:-1], weight.shape[0])
-    source = x
-    if weight.input_scale is not None or weight.rotation is not None:
-        x = transform_input(x, weight.input_scale, weight.rotation, weight.input_plan)
     a, a_scale, a_outer = quant_augment(
         x,
         weight.act_blocks,

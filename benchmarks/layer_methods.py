@@ -1,7 +1,7 @@
 """The family of W4A4 methods on single linears: output SQNR, and what each one costs.
 
     python benchmarks/layer_methods.py --imatrix Qwen3-4B.imatrix.dat --shipped --check
-    python benchmarks/layer_methods.py --encoder minilm --text wiki.test.tokens
+    python benchmarks/layer_methods.py --encoder minilm --text wiki.test.tokens --record FILE.json
 
 All methods share one NVFP4 quantizer (1x16 weight blocks, one outer scale a token), one choice of
 block scales (--weight-scale) and the same draws; SQNR is in dB over evaluation tokens. Problems are
@@ -11,28 +11,32 @@ text (layer_problems.py). Every linear is a model of its own, so each has the bu
 compares to. SVDQuant itself iterates, with the branch in its search of scales, and is stronger;
 "ARHQ, iterated" does the same with ARHQ's decomposition.
 Costs count what is added to plain NVFP4 (arc_ao/cost.py) at the shape measured; the low-rank ones
-fall with out_features. MXFP4 rows are the format alone, without kernels.
+fall with out_features. W4A16 rows round weights only. MXFP4 and int4 rows are the formats alone
+(layer_formats.py).
 
---check tests the relations that the papers claim. The last line of stdout is one JSON document.
+--check tests the relations that the papers claim (layer_relations.py). --record keeps the JSON
+document, and as .md beside it the tables. The last line of stdout is that document.
 """
 
 import argparse
 import json
-import statistics
+import shlex
+import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accuracy import model_directory, run_header, select_lines, tokenize
 from imatrix import read_imatrix
+from layer_formats import format_rows
 from layer_problems import BERT_KINDS, LLAMA_KINDS, Problem, constructed, of_model
+from layer_relations import headings, markdown, relations, sentence, table_rows
 from layer_sqnr import KINDS, sqnr_db
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from arc_ao import (
@@ -44,30 +48,37 @@ from arc_ao import (
     quantize_,
 )
 from arc_ao.calibration.data import text_batches
-from arc_ao.cost import PLAIN_BITS, extra_cost
-from arc_ao.formats import mxfp4
-from arc_ao.methods.rotation import hadamard_signs, rotate
+from arc_ao.cost import extra_cost
+from arc_ao.formats.nvfp4 import BLOCK_SIZE
 from arc_ao.shipped import CALIBRATION_TEXT, HELDOUT_TEXT, MODEL
 
-MXFP4_BITS = 4.25
 BUDGET = 0.1
-TIE_DB = 0.05  # "not worse" allows for this
 Row = dict[str, Any]
 
 
-def configs(weight_scale: str) -> dict[str, ARCConfig]:
-    """Config of every NVFP4 row. ours: the default, which chooses its own block scales."""
+def configs(weight_scale: str, channels: int) -> dict[str, ARCConfig]:
+    """Config of every NVFP4 row for so many channels. ours: the default, which chooses its own
+    block scales."""
     ws = {"weight_scale": weight_scale}
     fixed = ws | {"recipe": "balanced", "budget": BUDGET}
+    salient = max(1, round(BUDGET * channels / BLOCK_SIZE)) * BLOCK_SIZE
+    published = {"num_weight_channels": salient, "selection": "threshold"}
+    w4a16 = ws | {"activation": "bf16"}
     return {
         "plain": NVFP4Config(**ws),
         "SERQ 10 %": SERQConfig(budget=BUDGET, **ws),
+        "SERQ 10 %, published": SERQConfig(**published, **ws),
+        "SERQ 10 %, not sorted": SERQConfig(budget=BUDGET, channel_order="none", **ws),
         "SERQ 10 %, not flattened": SERQConfig(budget=BUDGET, smooth="none", **ws),
         "ARC 10 %": ARCConfig(exchange_rate=0.0, **fixed),
         "smoothing + ARC 10 %": ARCConfig(exchange_rate=0.0, smooth="search", **fixed),
         "both residuals 10 %": ARCConfig(**fixed),
         "ours 10 %": ARCConfig(budget=BUDGET),
         "smoothing": ARCConfig(budget=0.0, recipe="balanced", smooth="search", **ws),
+        "AWQ": ARCConfig(budget=0.0, recipe="balanced", smooth="awq", **ws),
+        "AWQ + both residuals 10 %": ARCConfig(smooth="awq", **fixed),
+        "plain, W4A16": NVFP4Config(**w4a16),
+        "AWQ, W4A16": NVFP4Config(smooth="awq", **w4a16),
         "SVDQuant r32": SVDQuantConfig(rank=32, **ws),
         "SVDQuant r128": SVDQuantConfig(rank=128, **ws),
         "one SVD r32": SVDQuantConfig(rank=32, branch_iterations=0, **ws),
@@ -102,86 +113,23 @@ def nvfp4_row(problem: Problem, config: ARCConfig) -> Row:
     }
 
 
-def mxfp4_row(problem: Problem, rotation: int) -> Row:
-    """MXFP4 rounding to nearest of both operands, after a block Hadamard rotation of this size."""
-    turned: Callable[[Tensor], Tensor] = lambda t: t
-    if rotation:
-        turned = lambda t: rotate(t, hadamard_signs(rotation))
-    rounded = lambda t: mxfp4.dequantize(*mxfp4.quantize(turned(t)))[:, : t.shape[1]]
-    x, w = problem.evaluation, problem.weight
-    return {
-        "sqnr_db": sqnr_db(x @ w.t(), rounded(x) @ rounded(w).t()),
-        "extra_bits": MXFP4_BITS - PLAIN_BITS,
-        "extra_multiply_adds": rotation / w.shape[0],
-        "quantize_seconds": 0.0,
-    }
-
-
 def measure(problem: Problem, weight_scale: str) -> dict[str, Row]:
     """Every row on one problem."""
     rows = {}
-    for name, config in configs(weight_scale).items():
+    for name, config in configs(weight_scale, problem.weight.shape[1]).items():
         rows[name] = nvfp4_row(problem, config)
         print(f"  {name}: {rows[name]['sqnr_db']:.2f} dB", file=sys.stderr, flush=True)
-    return rows | {
-        "MXFP4": mxfp4_row(problem, 0),
-        "MXFP4, Hadamard 32": mxfp4_row(problem, 32),
-        "MXFP4, Hadamard 128": mxfp4_row(problem, 128),
-    }
-
-
-def relations(rows: list[dict[str, Row]]) -> dict[str, dict[str, Any]]:
-    """Mean gain of one row over another, in how many problems it gains, and whether that is what
-    the papers say."""
-    claims = {
-        "SERQ beats plain": ("SERQ 10 %", "plain", 0.0),
-        "SERQ without flattening beats plain": ("SERQ 10 %, not flattened", "plain", 0.0),
-        "smoothing + ARC is not worse than ARC": ("smoothing + ARC 10 %", "ARC 10 %", -TIE_DB),
-        "ARHQ beats one SVD at rank 32": ("ARHQ r32", "one SVD r32", 0.0),
-        "ARHQ beats one SVD at rank 128": ("ARHQ r128", "one SVD r128", 0.0),
-        "ARHQ beats one SVD at rank 128, raw": ("ARHQ r128, raw", "one SVD r128, raw", 0.0),
-        "ARHQ, iterated, beats SVDQuant at rank 32": ("ARHQ r32, iterated", "SVDQuant r32", 0.0),
-        "ARHQ, iterated, beats SVDQuant at rank 128": ("ARHQ r128, iterated", "SVDQuant r128", 0.0),
-        "Hadamard hurts NVFP4": ("plain", "Hadamard 16", 0.0),
-        "Hadamard 128 hurts NVFP4": ("plain", "Hadamard 128", 0.0),
-        "Hadamard 32 helps MXFP4": ("MXFP4, Hadamard 32", "MXFP4", 0.0),
-        "Hadamard 128 helps MXFP4": ("MXFP4, Hadamard 128", "MXFP4", 0.0),
-    }
-    found = {}
-    for claim, (better, worse, least) in claims.items():
-        gains = [r[better]["sqnr_db"] - r[worse]["sqnr_db"] for r in rows]
-        mean = statistics.fmean(gains)
-        wins = sum(gain > least for gain in gains)
-        found[claim] = {"gain_db": mean, "wins": wins, "of": len(gains), "holds": mean > least}
-    return found
-
-
-def mean_rows(measured: list[dict[str, Row]]) -> dict[str, Row]:
-    """Mean of every figure by row."""
-    return {
-        name: {k: statistics.fmean(m[name][k] for m in measured) for k in measured[0][name]}
-        for name in measured[0]
-    }
+    return rows | format_rows(problem, BUDGET)
 
 
 def print_table(by_kind: dict[str, list[dict[str, Row]]], title: str) -> None:
     """Rows by kind of layer, and what they cost on the mean."""
     table = Table(title=title)
-    for heading in ("", *by_kind, "bits/weight", "multiply-adds"):
+    for heading in headings(by_kind):
         table.add_column(heading, justify="right" if heading else "left")
-    means = {kind: mean_rows(measured) for kind, measured in by_kind.items()}
-    overall = mean_rows([rows for measured in by_kind.values() for rows in measured])
-    for name, cost in overall.items():
-        figures = [f"{rows[name]['sqnr_db']:.2f}" for rows in means.values()]
-        extra = f"{cost['extra_bits']:+.2f}", f"{cost['extra_multiply_adds']:+.1%}"
-        table.add_row(name, *figures, *extra)
+    for row in table_rows(by_kind):
+        table.add_row(*row)
     Console(width=110).print(table)
-
-
-def print_relations(found: dict[str, dict[str, Any]]) -> None:
-    for claim, r in found.items():
-        word = "holds" if r["holds"] else "DOES NOT HOLD"
-        print(f"{word}: {claim} ({r['gain_db']:+.2f} dB mean, {r['wins']} of {r['of']} linears)")
 
 
 def shipped_problems(every: int, tokens: int) -> list[Problem]:
@@ -212,14 +160,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--encoder", help="'minilm' or a model directory; needs --text")
     parser.add_argument("--text", type=Path)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND")
-    parser.add_argument("--every", type=int, default=18, help="take every n-th layer")
+    parser.add_argument("--every", type=int, default=18, help="take every n-th constructed layer")
+    parser.add_argument(
+        "--every-real", type=int, default=2, help="take every n-th layer of a model"
+    )
     parser.add_argument("--tokens", type=int, default=1024, help="for calibration and evaluation")
     parser.add_argument("--out-features", type=int, default=512)
+    parser.add_argument("--max-channels", type=int, help="of constructed problems; default: all")
     parser.add_argument("--weights", choices=("gaussian", "balanced"), default="gaussian")
     parser.add_argument("--common", type=float, default=0.0, help="variance in common factors")
     parser.add_argument("--weight-scale", choices=("amax", "mse"), default="amax")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--record", type=Path, help="write the document to this .json, and a .md")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a relation fails")
     args = parser.parse_args(argv)
     if not (args.imatrix or args.shipped or args.encoder):
@@ -239,36 +192,71 @@ def sources(args: argparse.Namespace) -> dict[str, list[Problem]]:
             every=args.every,
             tokens=args.tokens,
             out_features=args.out_features,
+            max_channels=args.max_channels,
             weights=args.weights,
             common=args.common,
             generator=torch.Generator().manual_seed(args.seed),
         )
         found[f"{path.name} (constructed)"] = list(problems)
     if args.shipped:
-        found["shipped Llama"] = shipped_problems(args.every, args.tokens)
+        found["shipped Llama"] = shipped_problems(args.every_real, args.tokens)
     if args.encoder:
-        found["encoder"] = encoder_problems(args.encoder, args.text, args.every, args.tokens)
+        found["encoder"] = encoder_problems(args.encoder, args.text, args.every_real, args.tokens)
     return {t: [p for p in problems if p.kind in args.kinds] for t, problems in found.items()}
+
+
+def measure_all(problems: list[Problem], title: str, weight_scale: str) -> dict[str, Any]:
+    """Shapes, rows and relations of the problems of one source, which are printed."""
+    by_kind: dict[str, list[dict[str, Row]]] = {}
+    shapes: dict[str, list[list[int]]] = {}
+    for i, problem in enumerate(problems):
+        print(f"{title}: linear {i + 1} of {len(problems)}", file=sys.stderr)
+        by_kind.setdefault(problem.kind, []).append(measure(problem, weight_scale))
+        shapes.setdefault(problem.kind, []).append(list(problem.weight.shape))
+    print_table(by_kind, f"{title}: output SQNR in dB; cost over plain NVFP4")
+    found = relations([rows for measured in by_kind.values() for rows in measured])
+    for claim, relation in found.items():
+        print(sentence(claim, relation))
+    return {"shapes": shapes, "relations": found, "kinds": by_kind}
+
+
+def commit() -> str:
+    """Of the checkout, "+" where it has changes; "unknown" outside of one."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12"]
+    found = subprocess.run([*git, "--dirty=+"], capture_output=True, text=True)
+    return found.stdout.strip() if found.returncode == 0 else "unknown"
+
+
+def without_folders(value: Any) -> Any:
+    """File names instead of paths, which mean nothing on another machine; lists item by item."""
+    if isinstance(value, list):
+        return [without_folders(item) for item in value]
+    return Path(value).name if isinstance(value, Path) or "/" in str(value) else value
+
+
+def header(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
+    """What was run, on which commit and versions."""
+    command = ["python", "benchmarks/layer_methods.py", *(without_folders(a) for a in argv)]
+    found = {"benchmark": "layer_methods", "commit": commit(), "command": shlex.join(command)}
+    arguments = {name: without_folders(value) for name, value in vars(args).items()}
+    return found | run_header(args) | {"arguments": arguments}
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     torch.set_num_threads(args.threads)
-    results, passed = {}, True
+    document = header(args, sys.argv[1:] if argv is None else argv)
+    document |= {"passed": True, "results": {}}
     for title, problems in sources(args).items():
-        by_kind: dict[str, list[dict[str, Row]]] = {}
-        for i, problem in enumerate(problems):
-            print(f"{title}: linear {i + 1} of {len(problems)}", file=sys.stderr)
-            by_kind.setdefault(problem.kind, []).append(measure(problem, args.weight_scale))
-        print_table(by_kind, f"{title}: output SQNR in dB; cost over plain NVFP4")
-        found = relations([rows for measured in by_kind.values() for rows in measured])
-        print_relations(found)
-        passed &= all(r["holds"] for r in found.values())
-        results[title] = {"relations": found, "kinds": by_kind}
-    print(f"{'PASS' if passed else 'FAIL'}: relations of the papers")
-    header = run_header(args) | {"passed": passed}
-    print(json.dumps({"benchmark": "layer_methods", **header, "results": results}, default=str))
-    if args.check and not passed:
+        found = measure_all(problems, title, args.weight_scale)
+        document["results"][title] = found
+        document["passed"] &= all(r["holds"] for r in found["relations"].values())
+        if args.record is not None:  # after every source
+            args.record.write_text(json.dumps(document, indent=1, default=str) + "\n")
+            args.record.with_suffix(".md").write_text(markdown(document))
+    print(f"{'PASS' if document['passed'] else 'FAIL'}: relations of the papers")
+    print(json.dumps(document, default=str))
+    if args.check and not document["passed"]:
         raise SystemExit(1)
 
 

@@ -23,6 +23,7 @@ from layer_sqnr import KINDS, activations, profiles, random_weight
 from torch import Tensor, nn
 
 FACTORS = 32
+NEIGHBOURS = 128  # kept together where a profile is thinned; a multiple of every block
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,25 @@ def constructed(
     weights: str,
     common: float,
     generator: torch.Generator,
+    max_channels: int | None = None,
 ) -> Iterator[Problem]:
-    """Problems with the channel profiles of every `every`-th layer."""
+    """Problems with the channel profiles of every `every`-th layer; of at most `max_channels`
+    channels, blocks of 128 neighbours taken evenly."""
     for kind in kinds:
-        for rms in profiles(rms_by_name, kind, every):
+        for profile in profiles(rms_by_name, kind, every):
+            rms = thinned(profile, max_channels)
             weight = random_weight(rms, out_features, weights, generator)
             both = _mixed(rms, 2 * tokens, common, generator)
             yield Problem(kind, weight, both[:tokens], both[tokens:])
+
+
+def thinned(rms: Tensor, max_channels: int | None) -> Tensor:
+    """Evenly spaced blocks of NEIGHBOURS channels of rms [K], at most max_channels together."""
+    if max_channels is None or rms.numel() <= max_channels:
+        return rms
+    blocks, count = rms.numel() // NEIGHBOURS, max(1, max_channels // NEIGHBOURS)
+    chosen = torch.arange(count) * blocks // count
+    return rms[: blocks * NEIGHBOURS].view(blocks, NEIGHBOURS)[chosen].flatten()
 
 
 def _mixed(rms: Tensor, tokens: int, common: float, generator: torch.Generator) -> Tensor:

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import byte_tokenizer, tiny_llama
 
-from arc_ao import convert_blocks
 from arc_ao.cli import main
 from arc_ao.env import env_report
+from arc_ao.methods import hessian
 from arc_ao.ops import OPERATORS
 
 TEXT = "It is a truth universally acknowledged that a test wants text. " * 40
@@ -60,13 +60,13 @@ def test_quantize_resumes(model_dir, text_file, tmp_path, monkeypatch):
     resume = [*options, "--resume", str(tmp_path / "work")]
     rounds = []
 
-    def interrupt(*args, f=convert_blocks.prepare_rounding):
+    def interrupt(*args, f=hessian.prepare_rounding):
         rounds.append(1)
         if len(rounds) == 5:
             raise KeyboardInterrupt
         return f(*args)
 
-    monkeypatch.setattr(convert_blocks, "prepare_rounding", interrupt)
+    monkeypatch.setattr(hessian, "prepare_rounding", interrupt)
     with pytest.raises(KeyboardInterrupt):
         _quantize(model_dir, text_file, tmp_path / "resumed", *resume)
     assert not (tmp_path / "resumed").exists()

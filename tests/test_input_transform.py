@@ -15,7 +15,7 @@ from arc_ao.passes.lower_transforms import fold_input_scale, lower_transforms
 from arc_ao.passes.share_quantize import share_quantize
 
 FAMILY = {
-    "SERQ": arc_ao.SERQConfig(budget=0.2),
+    "SERQ": arc_ao.SERQConfig(budget=0.2, channel_order="none"),
     "everything": arc_ao.ARHQConfig(rank=8, budget=0.1, rotation=16),
 }
 

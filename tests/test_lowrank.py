@@ -100,6 +100,13 @@ def test_arhq_of_few_or_zero_residuals_is_finite(rows):
         assert torch.equal(branch.matrix(), truncated_svd(weight, 8).matrix())
 
 
+def test_arhq_of_equal_residuals_is_finite():
+    """The rounding of their sums leaves eigenvalues below the floor that serves else."""
+    equal = residuals(1).expand(1024, K).contiguous()
+    branch = arhq_branch(randn(N, K), 8, gram(equal))
+    assert branch.down.isfinite().all() and branch.up.isfinite().all()
+
+
 def test_zero_and_rank_deficient_weights():
     for weight in (torch.zeros(N, K), torch.ones(N, K), randn(N, 1) @ randn(1, K, seed=2)):
         for branch in (truncated_svd(weight, 8), arhq_branch(weight, 8, gram(residuals()))):

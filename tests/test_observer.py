@@ -152,9 +152,14 @@ def _all_reduced(rank: int, port: int, x: torch.Tensor, path: str) -> None:
     mine = x[:3] if rank == 0 else x[3:]
     observer = observed(mine)
     observer.sample = InputSample(4)
-    observer.sample.add(mine)
+    observer.sums_products = True
+    if rank == 0:  # the other measured nothing itself, as a linear that shares its input
+        observer.keep(mine)
+    else:
+        observer.sample.add(mine)
     observer.all_reduce()
-    torch.save((observer.state_dict(), observer.sample.rows()), f"{path}/{rank}.pt")
+    found = observer.state_dict(), observer.sample.rows(), observer.gram.take()
+    torch.save(found, f"{path}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -168,10 +173,11 @@ def test_two_processes_equal_one_on_the_union(tmp_path):
     mp.spawn(_all_reduced, args=(port, x, str(tmp_path)), nprocs=2)
     for rank in range(2):
         observer = ARCObserver(32)
-        state, rows = torch.load(tmp_path / f"{rank}.pt")
+        state, rows, gram = torch.load(tmp_path / f"{rank}.pt")
         observer.load_state_dict(state)
         assert_same_statistics(observer, observed(x))
         assert torch.equal(rows, torch.cat((x[:2], x[3:5])))  # an even share of each
+        torch.testing.assert_close(gram, x[:3].T @ x[:3] / 3)
 
 
 def prepared_model(seed: int = 0) -> tuple[nn.Module, ARCConfig]:

@@ -6,12 +6,12 @@ import weakref
 
 import pytest
 import torch
-from test_quantize import assert_same_tensors, batches, three_steps
+from test_quantize import assert_same_tensors, batches
 from tiny_models import tiny_llama
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, Gemma3ForCausalLM, Gemma3TextConfig
 
-from arc_ao import ARCConfig, prepare_arc, quantize_
+from arc_ao import ARCConfig, quantize_
 from arc_ao.calibration import sequential
 from arc_ao.calibration.data import calibrate
 from arc_ao.calibration.gram import Gram
@@ -197,20 +197,6 @@ def test_hooks_modes_and_observers_are_gone():
     for module in model.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks
         assert observer_on(module) is None
-
-
-@pytest.mark.parametrize("settings", [{"recipe": "best"}, {"weight_scale": "local_hessian"}])
-def test_steps_and_graphs_refuse_what_needs_blocks(settings):
-    config = ARCConfig(**settings)
-    with pytest.raises(ValueError, match="quantizes block by block"):
-        three_steps(tiny_llama(), config)
-    with pytest.raises(ValueError, match="quantizes block by block"):
-        quantize_(tiny_llama(), config.with_step("prepare"))
-    with pytest.raises(ValueError, match="expected calibration_data"):
-        quantize_(tiny_llama(), config)
-    program = torch.export.export(nn.Sequential(nn.Linear(16, 16)), (torch.ones(2, 16),))
-    with pytest.raises(ValueError, match="ARCQuantizer: .*rounding='nearest'"):
-        prepare_arc(program, config)
 
 
 @pytest.mark.parametrize("token", ["same", "one"])

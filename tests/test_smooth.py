@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from arc_ao.methods.smooth import (
+    awq_scales,
     exponents,
     flatten_scales,
     power_of_two,
+    search_awq_scales,
     search_scales,
     smooth_scales,
 )
@@ -65,3 +67,21 @@ def test_the_search_returns_the_least_error_and_the_first_of_equals():
     assert torch.equal(search_scales(act, weight, lambda s: 1.0), torch.ones(2))
     nan = search_scales(act, weight, lambda s: float("nan"))
     assert torch.equal(nan, torch.ones(2))  # nothing measurable: no scaling
+
+
+def test_awq_scales_follow_the_formula():
+    """s = mean|x|^a over the geometric mean of the extremes; about a dead channel nothing is known,
+    and it does not move the others."""
+    mean = torch.tensor([1.0, 4.0, 256.0])
+    assert awq_scales(mean, 0.0).tolist() == [1.0, 1.0, 1.0]
+    assert awq_scales(mean, 0.5).tolist() == [0.25, 0.5, 4.0]  # 1, 2, 16 over sqrt(1 * 16)
+    assert awq_scales(torch.tensor([0.0, 1.0, 4.0, 256.0]), 0.5).tolist() == [1.0, 0.25, 0.5, 4.0]
+    assert awq_scales(torch.zeros(2), 0.5).tolist() == [1.0, 1.0]
+
+
+def test_awq_tries_twenty_scales():
+    """a = 0, 0.05, ..., 0.95; the first of equals is none at all."""
+    tried, mean = [], torch.tensor([1.0, 2.0**10])
+    found = search_awq_scales(mean, lambda s: tried.append(s) or 1.0)
+    assert len(tried) == 20 and torch.equal(found, torch.ones(2))
+    assert torch.equal(tried[-1], awq_scales(mean, 0.95))

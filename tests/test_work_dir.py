@@ -15,8 +15,8 @@ from test_quantize import assert_same_tensors, batches
 from tiny_models import tiny_llama
 
 from arc_ao import ARCConfig, quantize_
-from arc_ao import convert_blocks as convert_module
 from arc_ao import quantize as quantize_module
+from arc_ao.methods import hessian as convert_module
 
 LAYERS = 3
 GPTQ = {"recipe": "balanced", "rounding": "gptq", "budget": 0.2}

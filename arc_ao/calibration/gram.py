@@ -8,11 +8,10 @@ activation residual blocks added in, copied channels appended (A = K16 + copied)
 import torch
 from torch import Tensor
 
+from arc_ao.calibration.input_gram import InputGram, row_chunks
 from arc_ao.formats import nvfp4
 from arc_ao.methods.weights import LayerPlan, in_order
 from arc_ao.ops import quant_augment
-
-CHUNK_ELEMENTS = 1 << 19  # rows measured at a time: 2 MiB per fp32 temporary
 
 
 def effective_input(x: Tensor, plan: LayerPlan) -> Tensor:
@@ -44,17 +43,12 @@ def effective_input(x: Tensor, plan: LayerPlan) -> Tensor:
     return torch.cat([blocks.flatten(1), values[:, base + residual :]], dim=1)
 
 
-class Gram:
-    """Running E[x^T x] of one input under a plan.
-
-    Attributes:
-        count: tokens seen.
-    """
+class Gram(InputGram):
+    """Running E[x^T x] of one input under a plan."""
 
     def __init__(self, plan: LayerPlan) -> None:
+        super().__init__()
         self.plan = plan
-        self.count = 0
-        self._sum: Tensor | None = None
 
     @torch.no_grad()
     def add(self, x: Tensor, keep: Tensor | None = None) -> None:
@@ -62,14 +56,6 @@ class Gram:
         rows = x.reshape(-1, x.shape[-1])
         if keep is not None and keep.shape == x.shape[:-1]:
             rows = rows[keep.reshape(-1).bool()]
-        for chunk in rows.split(max(1, CHUNK_ELEMENTS // max(1, rows.shape[1]))):
-            met = effective_input(chunk, self.plan)
-            if self._sum is None:
-                self._sum = met.new_zeros((met.shape[1], met.shape[1]))
-            self._sum.addmm_(met.T, met)
+        for chunk in row_chunks(rows):
+            self.add_products(effective_input(chunk, self.plan))
         self.count += rows.shape[0]
-
-    def take(self) -> Tensor | None:
-        """The mean, fp32 [A, A], handed over; None where no token was seen."""
-        total, self._sum = self._sum, None
-        return total.div_(self.count) if self.count else None

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from arc_ao.calibration.input_gram import InputGram
 from arc_ao.calibration.input_sample import InputSample
 from arc_ao.formats import nvfp4
 
@@ -53,7 +54,8 @@ class ARCObserver(nn.Module):
         in_features: K.
         channel_orders: orders in which blocks may be formed, of "none" and "amax".
         name: fully qualified name of the layer, for messages.
-        sample_tokens: input rows to keep in `sample`, where `sample.add` is called.
+        sample_tokens: input rows that `keep` keeps in `sample`.
+        sums_products: whether `keep` adds to `gram`. Neither is part of a state_dict.
     """
 
     def __init__(
@@ -62,9 +64,11 @@ class ARCObserver(nn.Module):
         channel_orders: Sequence[str] = ("none",),
         name: str = "",
         sample_tokens: int = 0,
+        sums_products: bool = False,
     ) -> None:
         super().__init__()
-        self.sample = InputSample(sample_tokens)
+        self.sums_products = sums_products
+        self.sample, self.gram = InputSample(sample_tokens), InputGram()
         self.channel_orders = tuple(channel_orders)
         self.name = name
         self.register_buffer("amax", torch.zeros(in_features, dtype=torch.float32))
@@ -113,6 +117,12 @@ class ARCObserver(nn.Module):
         self.error_sum += increment.error_sum
         self.count += increment.count
 
+    def keep(self, x: Tensor) -> None:
+        """Keep rows of x and sum its products, as far as asked for; once for all that read x."""
+        self.sample.add(x)
+        if self.sums_products:
+            self.gram.add(x)
+
     def merge(self, other: "ARCObserver") -> None:
         """Add the tokens that `other` saw."""
         torch.maximum(self.amax, other.amax, out=self.amax)
@@ -120,6 +130,7 @@ class ARCObserver(nn.Module):
         self.error_sum += other.error_sum
         self.count += other.count
         self.sample.merge(other.sample)
+        self.gram.merge(other.gram)
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
         """Merge over the processes of `group`: amax by maximum, sums by addition."""
@@ -127,12 +138,15 @@ class ARCObserver(nn.Module):
         for total in (self.square_sum, self.error_sum, self.count):
             dist.all_reduce(total, op=dist.ReduceOp.SUM, group=group)
         self.sample.all_gather(group)
+        if self.sums_products:
+            self.gram.all_reduce(self.amax, group)
 
     def reset(self) -> None:
         """Forget everything."""
         for buffer in self.buffers():
             buffer.zero_()
         self.sample.clear()
+        self.gram = InputGram()
 
     def statistics(self, channel_order: str = "none") -> InputStatistics:
         """What was observed, for blocks formed in `channel_order`.

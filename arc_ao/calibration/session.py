@@ -29,21 +29,35 @@ class Member:
 
 @dataclass
 class CalibrationSession:
-    """Observed linears of one config."""
+    """Observed linears of one config.
+
+    `sums_products`: whether observers sum E[x^T x], 4 K^2 bytes an input. For a config that needs
+    Hessians, unless they are gathered block by block.
+    """
 
     config: ARCConfig
     members: list[Member] = field(default_factory=list)
     shared: SharedInputs = field(default_factory=SharedInputs)
     plans: dict[str, Any] | None = None  # member name -> LayerPlan, made once at convert
+    roundings: dict[str, Any] = field(default_factory=dict)  # name -> SharedRounding, as the plans
+    sums_products: bool | None = None  # None: as the config needs
     observing: bool = True  # off while candidates are tried on the same inputs
     analyses: tuple[Any, list[Any]] | None = None  # what was last analysed, and its result
     layer_weights: dict[str, float] | None = None  # group's first member -> worth of its errors
+
+    def __post_init__(self) -> None:
+        if self.sums_products is None:
+            self.sums_products = self.config.needs_hessian
 
     def attach(self, name: str, module: nn.Linear) -> None:
         """Start observing `module`."""
         name = self._unique(name)
         observer = ARCObserver(
-            module.in_features, self._channel_orders(), name, self.config.sample_tokens
+            module.in_features,
+            self._channel_orders(),
+            name,
+            self.config.sample_tokens,
+            self.sums_products,
         )
         observer.session = self
         observer.to(module.weight.device)
@@ -59,7 +73,7 @@ class CalibrationSession:
         if increment is None or not observer.fits(increment):
             increment = observer.measure(x)
             self.shared.add(x, increment)
-            observer.sample.add(x)  # by whoever measures it: once for all that share it
+            observer.keep(x)  # by whoever measures it: once for all that share it
         observer.add(increment)
 
     def groups(self) -> list[list[Member]]:
@@ -85,6 +99,14 @@ class CalibrationSession:
         found = [observer_on(member.module).sample.rows() for member in group]
         rows = [r for r in found if r is not None]
         return torch.cat(rows) if rows else None
+
+    def gram_of(self, group: list[Member]) -> Tensor | None:
+        """E[x^T x] of the input of a group, handed over; None where nothing was summed."""
+        first, *others = [observer_on(member.module).gram for member in group]
+        for other in others:
+            first.merge(other)
+            other.take()
+        return first.take()
 
     def detach(self) -> None:
         """Remove every observer and hook."""

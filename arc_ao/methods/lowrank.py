@@ -106,15 +106,22 @@ def svd_branch(
 def metric_root(gram: Tensor) -> Tensor | None:
     """C (lower, fp64 [K, K]) with C C^T = G up to scale and floor; None where G is zero.
 
-    gram is symmetric and positive semidefinite. A floor relative to its mean diagonal makes
-    singular ones usable.
+    gram is symmetric, and positive semidefinite but for the rounding of fp32 sums. A floor relative
+    to its mean diagonal makes singular ones usable: the least of RELATIVE_FLOOR, ten times that and
+    so on that does (equal rows leave a matrix of rank 1, whose rounding needs more than the first).
     """
     gram = gram.double()
     mean = gram.diagonal().mean()
-    if not mean > 0:
+    if not (mean > 0 and torch.isfinite(mean)):
         return None
-    identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    return torch.linalg.cholesky(gram / mean + RELATIVE_FLOOR * identity)
+    gram, floor = gram / mean, RELATIVE_FLOOR
+    diagonal = gram.diagonal().clone()
+    while True:
+        gram.diagonal().copy_(diagonal + floor)
+        root, info = torch.linalg.cholesky_ex(gram)
+        if info.item() == 0:
+            return root
+        floor *= 10  # ends: with a floor above the sum of a row's magnitudes it is dominant
 
 
 def weighted_svd(weight: Tensor, rank: int, root: Tensor | None) -> LowRank:

@@ -12,7 +12,7 @@ from arc_ao.calibration.session import CalibrationSession, Member
 from arc_ao.config import ARCConfig
 from arc_ao.formats import nvfp4
 from arc_ao.memory import release_memory
-from arc_ao.methods.prepare import SEARCH_ROWS, Preparation, prepare, transformed_statistics
+from arc_ao.methods.prepare import Preparation, prepare, search_rows, transformed_statistics
 from arc_ao.methods.select import GroupScores, Selected, select
 from arc_ao.methods.weights import (
     CHUNK_ELEMENTS,
@@ -138,7 +138,7 @@ def analyse_group(
         )
 
     def error(prepared: Preparation) -> float:
-        some = sample[:: -(-sample.shape[0] // SEARCH_ROWS)]
+        some = search_rows(sample)
         return _output_error(_analyse(members, statistics, config, some, prepared), some, config)
 
     prepared = prepare(weights, statistics, sample, config, error)
@@ -262,6 +262,21 @@ def _weighted(scores: GroupScores, layer_weights: dict[str, float]) -> GroupScor
     )
 
 
+def _static_amax(analysis: GroupAnalysis) -> Tensor:
+    """Largest magnitude (fp32 [1]) of the calibrated input.
+
+    Raises:
+        ValueError: nothing but zeros, which a static scale would turn every input into.
+    """
+    amax = analysis.act_amax.amax().reshape(1)
+    if not amax > 0:
+        raise ValueError(
+            f"{analysis.members[0].name}: expected calibration inputs other than zeros for "
+            "activation_scale='static', found none; take 'token' or other data"
+        )
+    return amax
+
+
 def _plan(analysis: GroupAnalysis, index: int, selected: Selected, config: ARCConfig) -> LayerPlan:
     weight = analysis.weights[index]
     device = weight.scale.device
@@ -271,7 +286,7 @@ def _plan(analysis: GroupAnalysis, index: int, selected: Selected, config: ARCCo
 
     act_outer_scale = None
     if config.activation_scale == "static":
-        act_outer_scale = nvfp4.outer_scale(analysis.act_amax.amax().reshape(1))
+        act_outer_scale = nvfp4.outer_scale(_static_amax(analysis))
     return LayerPlan(
         config=config,
         amax=analysis.amax,

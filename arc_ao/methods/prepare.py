@@ -20,7 +20,7 @@ from arc_ao.formats import nvfp4
 from arc_ao.methods.lowrank import LowRank, iterated, metric_root, sketched_svd, weighted_svd
 from arc_ao.methods.rotation import hadamard_signs, rotate
 from arc_ao.methods.scale_search import choose_scales
-from arc_ao.methods.smooth import flatten_scales, search_scales
+from arc_ao.methods.smooth import flatten_scales, search_awq_scales, search_scales
 
 SEARCH_ROWS = 256  # of the sample, on which scales and branches are compared
 CHUNK_ROWS = 256
@@ -88,6 +88,8 @@ def prepare(
         prepared = replace(prepared, input_scale=1 / flatten_scales(statistics.amax))
     if config.smooth == "search":
         prepared = _searched(prepared, weights, statistics, config, error)
+    if config.smooth == "awq":
+        prepared = _awq(prepared, weights, sample, config)
     if config.rank:
         branch = _branch(prepared, weights, sample, config, error)
         prepared = replace(prepared, branches=_split(branch, weights, prepared))
@@ -114,6 +116,36 @@ def _searched(
 
     scales = search_scales(statistics.amax, weight_amax, lambda s: error(with_scales(s)))
     return replace(prepared, input_scale=1 / scales)
+
+
+def _awq(
+    prepared: Preparation, weights: list[Tensor], sample: Tensor, config: ARCConfig
+) -> Preparation:
+    """Scales by the error of rounding weights alone, as AWQ has it also where inputs are quantized:
+    a branch and residuals come after it."""
+    scaled = lambda scales: replace(prepared, input_scale=1 / scales)
+    rows = search_rows(sample)
+    error = lambda scales: weight_only_error(scaled(scales), weights, rows, config)
+    return scaled(search_awq_scales(sample.float().abs().mean(0), error))
+
+
+def weight_only_error(
+    prepared: Preparation, weights: list[Tensor], rows: Tensor, config: ARCConfig
+) -> float:
+    """Squared error of the outputs on rows [M, K] where only the weights [N, K] are rounded, each
+    relative to its output's energy."""
+    x, total = prepared.transform_input(rows), 0.0
+    for weight in weights:
+        w = prepared.transform_weight(weight)
+        error = x @ (dequantized(w, config, x.square().mean(0)) - w).t()
+        energy = (x @ w.t()).square().sum().clamp(min=torch.finfo(torch.float32).tiny)
+        total += (error.square().sum() / energy).item()
+    return total
+
+
+def search_rows(sample: Tensor) -> Tensor:
+    """At most SEARCH_ROWS rows of a sample [M, K], evenly spaced."""
+    return sample[:: -(-sample.shape[0] // SEARCH_ROWS)]
 
 
 def _joined(prepared: Preparation, weights: list[Tensor]) -> Tensor:
@@ -163,11 +195,12 @@ def branch_dtype(weight_dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if weight_dtype == torch.float32 else weight_dtype
 
 
-def dequantized(weight: Tensor, config: ARCConfig) -> Tensor:
-    """Q(w) of fp32 [N, K] with the config's block scales, no calibration weights."""
+def dequantized(weight: Tensor, config: ARCConfig, importance: Tensor | None = None) -> Tensor:
+    """Q(w) of fp32 [N, K] with the config's block scales, searched with E[x^2] [K] if given."""
     amax = weight.abs().amax()
     blocks = nvfp4.to_blocks(weight * nvfp4.inverse_outer_scale(amax))
-    scale = choose_scales(blocks, config.weight_scale)
+    weights = None if importance is None else nvfp4.to_blocks(importance)
+    scale = choose_scales(blocks, config.weight_scale, weights)
     values = nvfp4.decode_blocks(nvfp4.encode_blocks(blocks, scale), scale).flatten(1)
     return values[:, : weight.shape[1]] * nvfp4.outer_scale(amax)
 

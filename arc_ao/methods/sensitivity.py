@@ -41,6 +41,8 @@ def measure_layer_weights(
         session: calibrated, not observing. Of its config only the kinds of scales matter: what a
             search resolves must measure the same weights when it is given again.
     """
+    for group in session.groups():
+        session.observer_of(group).statistics()  # refuses a layer that saw no token
     given = session.config.resolve()
     plain = ARCConfig(
         budget=0.0,

@@ -2,20 +2,22 @@
 
     y = (x / s) (w * s)^T            s[k] > 0 per input channel, 1 where nothing is known
 
-SmoothQuant (arXiv 2211.10438) and AWQ (2306.00978) take s = amax_x^a / amax_w^b; SVDQuant
-(2411.05007) searches (a, b) by the layer's output error. SERQ (2603.08185) flattens: s = amax_x.
+SmoothQuant (arXiv 2211.10438) takes s = amax_x^a / amax_w^b; SVDQuant (2411.05007) searches (a, b)
+by the layer's output error. AWQ (2306.00978) searches s = mean|x|^a by the error of rounding the
+weight alone. SERQ (2603.08185) flattens: s = amax_x.
 
 Scales are rounded to powers of two, so that x / s and every product with it are exact in bf16 and
 fp16: scaling at run time, scaling in a norm's weight and scaling a matrix then give the same bits.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 EXPONENTS = 14  # 2^-14 to 2^14: normal numbers of fp16
 GRID = 10  # values of a and b are multiples of 1 / GRID
+AWQ_GRID = 20  # values of a for AWQ: 0, 0.05, ..., 0.95
 
 
 def power_of_two(scales: Tensor) -> Tensor:
@@ -61,9 +63,37 @@ def search_scales(
         error: of the output under given scales, quantizers on. The first of equals wins; no scaling
             comes first.
     """
+    candidates = (smooth_scales(act_amax, weight_amax, a, b) for a, b in exponents(grid))
+    return _least(candidates, error)
+
+
+def awq_scales(act_mean: Tensor, a: float) -> Tensor:
+    """AWQ's act_mean^a per channel [K], over the geometric mean of the largest and the smallest of
+    them; 1 where act_mean is 0."""
+    usable = act_mean > 0
+    log = a * torch.log2(torch.where(usable, act_mean, 1.0))
+    live = log[usable]
+    centre = (live.amax() + live.amin()) / 2 if live.numel() else 0.0
+    return power_of_two(torch.exp2(torch.where(usable, log - centre, 0.0)))
+
+
+def search_awq_scales(
+    act_mean: Tensor, error: Callable[[Tensor], float], grid: int = AWQ_GRID
+) -> Tensor:
+    """Of AWQ's candidates, a = 0, 1 / grid, ..., the scales [K] with the least error.
+
+    Args:
+        act_mean: fp32 [K], mean magnitude of the channel's inputs.
+        error: of the output under given scales with weights rounded and inputs as they are. The
+            first of equals wins; no scaling comes first.
+    """
+    return _least((awq_scales(act_mean, i / grid) for i in range(grid)), error)
+
+
+def _least(candidates: Iterable[Tensor], error: Callable[[Tensor], float]) -> Tensor:
+    """The first candidate of the least error; the first one where nothing can be measured."""
     best, least = None, float("inf")
-    for a, b in exponents(grid):
-        scales = smooth_scales(act_amax, weight_amax, a, b)
+    for scales in candidates:
         found = error(scales)
         if best is None or found < least:
             best, least = scales, found

@@ -87,7 +87,8 @@ def quantize_weight(weight: Tensor, plan: LayerPlan) -> ARCTensor:
     inverse, scale = nvfp4.inverse_outer_scale(plan.amax), plan.scale
     if scale is None:
         order, importance = plan.channel_order, plan.mean_square
-        scale = analyse_weight(weight, plan.amax, plan.config, order, importance).scale
+        prepared = plan.prepared
+        scale = analyse_weight(weight, plan.amax, plan.config, order, importance, prepared).scale
     copied = 0 if plan.act_channels is None else plan.act_channels.shape[0] // nvfp4.BLOCK_SIZE
     stored = _num_blocks(weight) + copied + plan.weight_blocks.shape[0]
     qdata = weight.new_empty((weight.shape[0], stored * nvfp4.BLOCK_SIZE // 2), dtype=torch.uint8)

@@ -30,8 +30,9 @@ from torchao.quantization.pt2e.quantizer import (
 from arc_ao.calibration.observer import ARCObserver
 from arc_ao.calibration.session import Member
 from arc_ao.config import ARCConfig
+from arc_ao.methods.hessian import quantize_group, taken
 from arc_ao.methods.plan import analyse_group, make_plans
-from arc_ao.methods.weights import LayerPlan, quantize_weight
+from arc_ao.methods.weights import LayerPlan
 from arc_ao.passes.graph_linears import GraphLinear, match_linear, other_readers
 from arc_ao.passes.rewrite_linear import rewrite_linears
 from arc_ao.targets import DTYPES, SKIPPED_NAMES, is_ragged
@@ -53,10 +54,12 @@ class GraphObserver(ObserverBase):
         if self.statistics is None:
             orders = (self.config.channel_order,)
             tokens = self.config.sample_tokens
-            self.statistics = ARCObserver(x.shape[-1], orders, "graph input", tokens).to(x.device)
+            products = self.config.needs_hessian
+            observer = ARCObserver(x.shape[-1], orders, "graph input", tokens, products)
+            self.statistics = observer.to(x.device)
         if x.numel():
             self.statistics.observe(x)
-            self.statistics.sample.add(x)
+            self.statistics.keep(x)
         return x
 
     def calculate_qparams(self, **kwargs: Any) -> None:
@@ -67,11 +70,11 @@ class GraphObserver(ObserverBase):
         if self.plans is None:
             _plan_graph(gm, self.config)
         linears = _linears_behind(gm, observer_node)
-        tensors = {}
-        for linear in linears:
-            weight = linear.as_module(gm).weight
-            tensor = quantize_weight(weight, self.plans[linear.name])
-            tensors[linear.name] = tensor.packed()
+        names = [linear.name for linear in linears]
+        weights, plans = [li.as_module(gm).weight for li in linears], [self.plans[n] for n in names]
+        take = lambda: taken(self.statistics.gram.take, plans[0])
+        quantized = quantize_group(weights, plans, names, take)
+        tensors = {name: t.packed() for name, t in zip(names, quantized, strict=True)}
         rewrite_linears(gm, observer_node, linears, tensors)
 
 
@@ -79,27 +82,20 @@ class ARCQuantizer(Quantizer):
     """Annotates the linears of an exported graph for torchao's prepare_pt2e.
 
     Args:
-        config: fields that `quantize_` would measure are those of recipe "balanced".
+        config: fields that `quantize_` would measure are those of recipe "balanced", and all
+            layers weigh the same. Hessians are of the unquantized model's inputs, as in
+            torchao's three steps (methods/hessian.py).
         filter_fn: takes the fully qualified name of a layer; default: all but output heads and
             routers.
 
     Attributes:
         skipped: linears left alone, by name, and why.
-
-    Raises:
-        ValueError: a config with rounding "gptq" or weight_scale "local_hessian".
     """
 
     def __init__(self, config: ARCConfig | None = None, filter_fn: NameFilter | None = None):
         super().__init__()
         config = ARCConfig() if config is None else config
         self.config = config.resolve()
-        if self.config.needs_hessian:
-            raise ValueError(
-                "ARCQuantizer: expected rounding='nearest' and a weight_scale other than "
-                "'local_hessian', found a config that quantizes block by block; use "
-                "arc_ao.quantize_ before torch.export"
-            )
         self.filter_fn = filter_fn
         self.skipped: dict[str, str] = {}
 

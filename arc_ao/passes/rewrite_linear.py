@@ -23,9 +23,11 @@ def rewrite_linears(
     """Replace the linears that read `observer_node`, and the observer by its input."""
     x = observer_node.args[0]
     first, hidden = tensors[linears[0].name], None
-    if first.quantizes_input:
-        with gm.graph.inserting_before(observer_node):
-            quantized, ids = _quantize(gm, x, linears[0].name, first)
+    with gm.graph.inserting_before(observer_node):
+        ids = _register_ids(gm, linears[0].name, first)
+        transformed = _transform(gm, x, ids, first)
+        if first.quantizes_input:
+            quantized = _quantize(gm, transformed, ids, first)
             hidden = _project_down(gm, x, ids["down"], first)
     for linear in linears:
         tensor = tensors[linear.name]
@@ -34,7 +36,7 @@ def rewrite_linears(
                 y = _multiply(gm, quantized, linear, tensor, ids, value(linear.node))
                 y = _add_branch(gm, y, hidden, linear, tensor)
             else:
-                y = _multiply_as_is(gm, x, linear, tensor)
+                y = _multiply_as_is(gm, transformed, linear, tensor)
             shaped = _shaped_like(gm, y, x, linear.node)
         shaped.meta = meta_of(linear.node)
         linear.node.replace_all_uses_with(shaped)
@@ -56,19 +58,28 @@ def _erase_unread(gm: GraphModule, weight: Node) -> None:
         gm.graph.erase_node(weight)
 
 
-def _quantize(
-    gm: GraphModule, x: Node, name: str, tensor: ARCTensor
-) -> tuple[tuple[Node, ...], dict[str, Node | None]]:
-    """The three results of quantizing x, and the nodes of what was done to it."""
-    ids = {
-        inner: None
-        if getattr(tensor, inner) is None
-        else register(gm, f"{name}_{inner}", getattr(tensor, inner))
-        for inner in (*INPUT_TENSORS, *TRANSFORM_TENSORS)
+def _register_ids(gm: GraphModule, name: str, tensor: ARCTensor) -> dict[str, Node | None]:
+    """The nodes of what is done to x."""
+    read = (*INPUT_TENSORS, *TRANSFORM_TENSORS) if tensor.quantizes_input else TRANSFORM_TENSORS
+    found = {inner: getattr(tensor, inner) for inner in read}
+    return {
+        inner: None if data is None else register(gm, f"{name}_{inner}", data)
+        for inner, data in found.items()
     }
-    if tensor.input_scale is not None or tensor.rotation is not None:
-        transform = (x, ids["input_scale"], ids["rotation"], tensor.input_plan)
-        x = gm.graph.call_function(arc.transform_input.default, transform)
+
+
+def _transform(gm: GraphModule, x: Node, ids: dict[str, Node | None], tensor: ARCTensor) -> Node:
+    """x scaled and rotated."""
+    if tensor.input_scale is None and tensor.rotation is None:
+        return x
+    transform = (x, ids["input_scale"], ids["rotation"], tensor.input_plan)
+    return gm.graph.call_function(arc.transform_input.default, transform)
+
+
+def _quantize(
+    gm: GraphModule, x: Node, ids: dict[str, Node | None], tensor: ARCTensor
+) -> tuple[Node, ...]:
+    """The three results of quantizing x."""
     call = gm.graph.call_function(
         arc.quant_augment.default,
         (
@@ -84,7 +95,7 @@ def _quantize(
             scale_layout_for(tensor.weight_layout),
         ),
     )
-    return tuple(gm.graph.call_function(operator.getitem, (call, i)) for i in range(3)), ids
+    return tuple(gm.graph.call_function(operator.getitem, (call, i)) for i in range(3))
 
 
 def _project_down(gm: GraphModule, x: Node, down: Node | None, tensor: ARCTensor) -> Node | None:
