@@ -231,8 +231,8 @@ def _exact(args: dict) -> tuple[Tensor, Tensor]:
 
 
 RULES = {
-    "row": Rule("row", block_n=32, block_k=8),
-    "row, K in two parts": Rule("row", block_n=32, block_k=4, split=2),
+    "row": Rule("row", block_m=1, block_n=32, block_k=8),
+    "two rows, K in two parts": Rule("row", block_m=2, block_n=32, block_k=4, split=2),
     "tiles": Rule("tiles", block_m=16, block_n=16, block_k=2),
     "tiles, ragged K": Rule("tiles", block_m=16, block_n=32, block_k=4),
     "tiles, K in three parts": Rule("tiles", block_m=16, block_n=16, block_k=4, split=3),
@@ -245,7 +245,7 @@ RULES = {
 @pytest.mark.parametrize("repeated", [False, True])
 def test_products_are_within_the_bound_on_every_route(rule, repeated):
     """19 columns and few rows: every tile is ragged."""
-    args = operands(2 if rule.route == "row" else 17, 19, repeated=repeated)
+    args = operands(3 if rule.route == "row" else 17, 19, repeated=repeated)
     assert_within_the_bound(triton_products.nvfp4_gemm(**args, rule=rule), args)
 
 
@@ -254,7 +254,7 @@ def test_products_are_within_the_bound_on_every_route(rule, repeated):
 def test_other_outputs_one_outer_scale_and_no_bias(route, dtype):
     """fp16 is rounded once; fp32 differs by the order of additions alone."""
     args = operands(1, 19) | {"bias": None, "out_dtype": dtype}
-    y = triton_products.nvfp4_gemm(**args, rule=Rule(route, block_n=32))
+    y = triton_products.nvfp4_gemm(**args, rule=Rule(route, block_m=2 if route == "row" else 16, block_n=32))
     exact, absolute = _exact(args)
     allowed = torch.finfo(dtype).eps * exact.abs() + 1e-6 * absolute
     assert y.dtype == dtype and ((y.double() - exact).abs() <= allowed).all()
@@ -265,7 +265,7 @@ def test_a_token_with_nan_is_nan_and_others_are_not(route):
     """Also where its NaN scale is in one block only."""
     args = operands(2, 19)
     args["a_scale"][1, 5] = nvfp4.E4M3_NAN
-    y = triton_products.nvfp4_gemm(**args, rule=Rule(route, block_n=32))
+    y = triton_products.nvfp4_gemm(**args, rule=Rule(route, block_m=2 if route == "row" else 16, block_n=32))
     assert y[1].isnan().all() and y[0].isfinite().all()
 
 
