@@ -5,6 +5,7 @@
 Interpreted kernels take half a second a program, so shapes are tiny and rows few.
 """
 
+import ptx_model
 import pytest
 import torch
 import triton
@@ -14,6 +15,7 @@ from torch import Tensor
 from arc_ao.formats import nvfp4
 from arc_ao.ops import producers
 from arc_ao.ops.cuda import (
+    triton_bytes,
     triton_nvfp4,
     triton_producers,
     triton_products,
@@ -79,6 +81,26 @@ def test_conversions_equal_the_meaning_on_all_bf16_and_on_ties():
     scale = nvfp4.encode_e4m3(nvfp4.round_to_e4m3(x.abs()))
     same_bits((*codes, rounded), (scale, nvfp4.encode_e2m1(x), x.bfloat16()))
     same_bits((decoded,), (nvfp4.decode_e4m3(scale),))
+
+
+@triton.jit
+def look_up(words, permuted, dotted, N: tl.constexpr):
+    """The instructions of triton_bytes.py, spelled out, on N int32 words."""
+    i = tl.arange(0, N)
+    low, high = tl.load(words + i), tl.load(words + N + i)
+    selector = tl.load(words + 2 * N + i)
+    tl.store(permuted + i, triton_bytes.permute(low, high, selector, False))
+    tl.store(dotted + i, triton_bytes.dot4(low, high, selector, False))
+
+
+def test_bytes_are_permuted_and_multiplied_as_by_ptx():
+    """What the interpreter runs instead of PTX gives the words that PTX gives."""
+    words = torch.randint(1 << 32, (3, 1 << 12), generator=generator())
+    got = [torch.empty(1 << 12, dtype=torch.int32) for _ in range(2)]
+    look_up[(1,)](words.to(torch.int32), *got, N=1 << 12)
+    for result, assembly in zip(got, (triton_bytes.PERMUTE, triton_bytes.DOT4), strict=True):
+        (expected,) = ptx_model.run(assembly.value, *words, outputs=1)
+        assert torch.equal(result, expected.to(torch.int32))
 
 
 AUGMENTATION = {  # the arguments behind x, in their order
@@ -254,7 +276,9 @@ def test_products_are_within_the_bound_on_every_route(rule, repeated):
 def test_other_outputs_one_outer_scale_and_no_bias(route, dtype):
     """fp16 is rounded once; fp32 differs by the order of additions alone."""
     args = operands(1, 19) | {"bias": None, "out_dtype": dtype}
-    y = triton_products.nvfp4_gemm(**args, rule=Rule(route, block_m=2 if route == "row" else 16, block_n=32))
+    y = triton_products.nvfp4_gemm(
+        **args, rule=Rule(route, block_m=2 if route == "row" else 16, block_n=32)
+    )
     exact, absolute = _exact(args)
     allowed = torch.finfo(dtype).eps * exact.abs() + 1e-6 * absolute
     assert y.dtype == dtype and ((y.double() - exact).abs() <= allowed).all()
@@ -265,7 +289,9 @@ def test_a_token_with_nan_is_nan_and_others_are_not(route):
     """Also where its NaN scale is in one block only."""
     args = operands(2, 19)
     args["a_scale"][1, 5] = nvfp4.E4M3_NAN
-    y = triton_products.nvfp4_gemm(**args, rule=Rule(route, block_m=2 if route == "row" else 16, block_n=32))
+    y = triton_products.nvfp4_gemm(
+        **args, rule=Rule(route, block_m=2 if route == "row" else 16, block_n=32)
+    )
     assert y[1].isnan().all() and y[0].isfinite().all()
 
 

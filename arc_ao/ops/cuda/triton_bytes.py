@@ -19,6 +19,10 @@ CENTRED_LOW = tl.constexpr(0x7D7E7F80)  # 128 - |2q|
 CENTRED_HIGH = tl.constexpr(0x74787A7C)
 SHIFT = tl.constexpr(12)
 SIGN_BITS = tl.constexpr(-0x7F7F7F80)  # 0x80 in every byte
+PERMUTE = tl.constexpr("prmt.b32 $0, $1, $2, $3;")
+DOT4 = tl.constexpr("dp4a.u32.s32 $0, $1, $2, $3;")
+# No lane has a 31st one below it, but the compiler does not go by that.
+HOLD = tl.constexpr("{ .reg .b32 x; mov.u32 x, %lanemask_lt; shr.s32 x, x, 31; or.b32 $0, $1, x; }")
 ONES = tl.constexpr(0x01010101)
 MAGNITUDES = tl.constexpr(0x77777777)  # of eight codes
 
@@ -32,7 +36,7 @@ def permute(low, high, selector, assembly: tl.constexpr):
     """
     if assembly:
         result = tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, selector], tl.int32, True, 1
+            PERMUTE, "=r,r,r,r", [low, high, selector], tl.int32, True, 1
         )
     else:
         result = selector & 0
@@ -50,15 +54,7 @@ def hold(constant: tl.constexpr, assembly: tl.constexpr):
     """The constant in a register: one that the compiler knows it would move there again and again,
     before each `permute` (which takes one constant as it is, not two)."""
     if assembly:
-        # No lane has a 31st one below it, but the compiler does not go by that.
-        result = tl.inline_asm_elementwise(
-            "{ .reg .b32 x; mov.u32 x, %lanemask_lt; shr.s32 x, x, 31; or.b32 $0, $1, x; }",
-            "=r,r",
-            [constant],
-            tl.int32,
-            is_pure=True,
-            pack=1,
-        )
+        result = tl.inline_asm_elementwise(HOLD, "=r,r", [constant], tl.int32, True, 1)
     else:
         result = constant
     return result
@@ -69,7 +65,7 @@ def dot4(unsigned, signed, total, assembly: tl.constexpr):
     """int32 total + the sum of four products of a byte 0..255 and one -128..127 (PTX `dp4a`)."""
     if assembly:
         result = tl.inline_asm_elementwise(
-            "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [unsigned, signed, total], tl.int32, True, 1
+            DOT4, "=r,r,r,r", [unsigned, signed, total], tl.int32, True, 1
         )
     else:
         result = total

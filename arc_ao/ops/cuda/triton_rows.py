@@ -69,10 +69,10 @@ def multiply_rows(
         sums += (tl.zeros((BLOCK_N, BLOCK_K), tl.float32),)
     end = tl.minimum((split + 1) * split_blocks, blocks)
     for start in range(split * split_blocks, end, BLOCK_K):
-        block = start + tl.arange(0, BLOCK_K)
+        block = tl.max_contiguous(start + tl.arange(0, BLOCK_K), [width])
         exists = block < end
         stored = stored_block(block, act_blocks, base_blocks, act_count, repeats)
-        b_at = tl.max_contiguous(b_row + stored[None, :], [1, width])
+        b_at = b_row + stored[None, :]
         if even:
             w, bits = tl.load(b + b_at), tl.load(b_scale + b_at).to(tl.int32)
         else:
@@ -88,7 +88,6 @@ def multiply_rows(
         more = ()
         for i in tl.static_range(BLOCK_M):
             a_at = tl.minimum(m + i, rows - 1).to(tl.int64) * blocks + block
-            a_at = tl.max_contiguous(a_at, [width])
             x0, x1, x2, x3, total, x_scale = row_operand(a, a_scale, a_at, exists, even, assembly)
             total = dot4(w0, x0[None, :], total[None, :], assembly)
             total = dot4(w1, x1[None, :], total, assembly)
