@@ -72,6 +72,11 @@ def joined(pair: Tensor) -> Tensor:
     return bits[..., 0] | bits[..., 1] << 16
 
 
+def fma(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    """x * y + z, rounded once: float64 holds the product of two halves, and here the sum."""
+    return (x.double() * y.double() + z.double()).to(x.dtype)
+
+
 def _float(word: Tensor) -> Tensor:
     return signed(word).to(torch.int32).view(torch.float32)
 
@@ -85,9 +90,12 @@ INSTRUCTIONS = {
     "and.b32": lambda x, y: x & y,
     "or.b32": lambda x, y: x | y,
     "mov.u32": lambda x: x,
+    "mov.b32": lambda x: x,
 }
 for _name, _dtype in HALVES.items():
     INSTRUCTIONS[f"cvt.rn.{_name}.f32"] = lambda high, low, d=_dtype: joined(
         torch.stack([_float(low), _float(high)], -1).to(d)
     )
-    INSTRUCTIONS[f"mul.rn.{_name}"] = lambda x, y, d=_dtype: joined(halves(d, x) * halves(d, y))
+    INSTRUCTIONS[f"fma.rn.{_name}"] = lambda *abc, d=_dtype: joined(
+        fma(*(halves(d, x) for x in abc))
+    )

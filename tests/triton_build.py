@@ -14,7 +14,7 @@ WARP_SIZE = 32
 
 class Machine(NamedTuple):
     """What a kernel became: opcodes by name, loads and stores of spilled registers, PTX, registers
-    of a thread, instructions in the longest loop, and in the listing outside of all loops."""
+    of a thread, instructions in the longest loop, and outside of loops before the first exit."""
 
     opcodes: Counter
     spills: int
@@ -63,7 +63,7 @@ def build(
         compiled.asm["ptx"],
         registers_of(sass),
         max(map(len, loops), default=0),
-        len(instructions_of(sass)) - len(set().union(*loops)),
+        len(before_exit(sass) - set().union(*loops)),
     )
 
 
@@ -82,6 +82,13 @@ def instructions_of(sass: str) -> list[int]:
     """Lines of the listing that hold an instruction."""
     pattern = re.compile(r"^\S+\t")
     return [i for i, line in enumerate(sass.splitlines()) if pattern.match(line)]
+
+
+def before_exit(sass: str) -> set[int]:
+    """Lines with instructions up to the first exit; behind it are rare ways of a division."""
+    lines, where = sass.splitlines(), instructions_of(sass)
+    first = next((i for i in where if re.search(r"\bEXIT\b", lines[i])), where[-1])
+    return {i for i in where if i <= first}
 
 
 def loops_of(sass: str) -> list[set[int]]:

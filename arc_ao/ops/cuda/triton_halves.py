@@ -23,14 +23,14 @@ def pairs_of(kind: str, bit: int) -> str:
     """PTX from a word ($8) and an fp32 scale ($9) to the word's eight values times it ($0 to $7).
 
     Exponent and mantissa at `bit` leave the value times 2^-14 in fp16 and 2^-126 in bf16, with 0.5
-    as a subnormal.
+    as a subnormal. sm_80 multiplies bf16 only where it also adds: -0, which changes nothing.
     """
-    lines = [f"{{ .reg .b32 s, x, y; cvt.rn.{kind}x2.f32 s, $9, $9;"]
+    lines = [f"{{ .reg .b32 s, x, y, z; cvt.rn.{kind}x2.f32 s, $9, $9; mov.b32 z, 0x80008000;"]
     for code in range(4):
         lines += [
             f"{_shift('x', bit - 4 * code)} and.b32 x, x, {0x00070007 << bit:#x};",
             f"{_shift('y', SIGN_BIT - 3 - 4 * code)} and.b32 y, y, 0x80008000;",
-            f"or.b32 x, x, y; mul.rn.{kind}x2 x, x, s; mov.b32 {{${code}, ${code + 4}}}, x;",
+            f"or.b32 x, x, y; fma.rn.{kind}x2 x, x, s, z; mov.b32 {{${code}, ${code + 4}}}, x;",
         ]
     return " ".join([*lines, "}"])
 
