@@ -271,6 +271,17 @@ def test_products_are_within_the_bound_on_every_route(rule, repeated):
     assert_within_the_bound(triton_products.nvfp4_gemm(**args, rule=rule), args)
 
 
+@pytest.mark.parametrize("name", ["two rows, K in two parts", "tiles, ragged K"])
+def test_sums_that_fp32_holds_are_exact(name):
+    """Any codes, scales of 1 and 2, K = 144: the product is that of float64 bit for bit."""
+    codes = torch.randint(256, (22, 72), generator=generator(), dtype=torch.uint8)
+    scale = 1.0 + torch.randint(2, (22, 9), generator=generator()).float()
+    a, b = zip(codes.split([3, 19]), nvfp4.encode_e4m3(scale).split([3, 19]), strict=True)
+    one = torch.ones(1)
+    y = triton_products.nvfp4_gemm(*a, one, *b, one, None, torch.float32, rule=RULES[name])
+    assert torch.equal(y.double(), nvfp4.decode(*a).double() @ nvfp4.decode(*b).double().t())
+
+
 @pytest.mark.parametrize("route", ["row", "tiles", "decode"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_other_outputs_one_outer_scale_and_no_bias(route, dtype):

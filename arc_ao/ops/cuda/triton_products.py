@@ -45,8 +45,10 @@ def nvfp4_gemm(
     b_layout: str = "plain",
     *,
     rule: Rule | None = None,
+    assembly: bool | None = None,
 ) -> Tensor:
-    """`nvfp4_gemm_eager` by the route that the GPU's table names, or by `rule`."""
+    """`nvfp4_gemm_eager` by the route that the GPU's table names, or by `rule`; `assembly` False
+    runs what stands beside the kernels' PTX, as where they are interpreted."""
     check_operands(a, a_scale, b, b_scale, act_blocks, base_blocks, b_layout)
     check_epilogue(a_outer, bias, a.shape[0], b.shape[0])
     check(b_layout in READ_LAYOUTS, f"nvfp4_gemm: Triton reads {READ_LAYOUTS}, got {b_layout!r}")
@@ -64,7 +66,8 @@ def nvfp4_gemm(
         if rule.route == "decode":
             _by_cublas(left, right, repeated, epilogue, y, rule)
         else:
-            _in_kernel(left, right, repeated, epilogue, y, rule)
+            assembly = y.is_cuda if assembly is None else assembly
+            _in_kernel(left, right, repeated, epilogue, y, rule, assembly)
     return y
 
 
@@ -74,7 +77,13 @@ Epilogue = tuple[Tensor, Tensor, Tensor | None]  # a_outer, b_outer, bias
 
 
 def _in_kernel(
-    left: Operand, right: Operand, repeated: Repeated, epilogue: Epilogue, y: Tensor, rule: Rule
+    left: Operand,
+    right: Operand,
+    repeated: Repeated,
+    epilogue: Epilogue,
+    y: Tensor,
+    rule: Rule,
+    assembly: bool,
 ) -> None:
     """Routes "row" and "tiles"."""
     rows, columns = y.shape
@@ -92,7 +101,7 @@ def _in_kernel(
         a_outer if bias is None else bias, act_blocks, out,
         rows, columns, blocks, base_blocks, act_blocks.shape[0], split_steps * rule.block_k,
         repeats=act_blocks.shape[0] > 0, even=blocks % rule.block_k == 0, partial=partial,
-        has_bias=bias is not None, per_row=_per_row(a_outer), assembly=y.is_cuda,
+        has_bias=bias is not None, per_row=_per_row(a_outer), assembly=assembly,
         BLOCK_M=rule.block_m, BLOCK_N=rule.block_n, BLOCK_K=rule.block_k,
         num_warps=rule.num_warps, num_stages=rule.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
