@@ -18,6 +18,7 @@ pytest.importorskip("triton", reason="the kernels for NVIDIA GPUs are written in
 from triton_build import build  # noqa: E402
 from triton_counts import (  # noqa: E402
     count_product,
+    count_quantizer,
     launch_options,
     product,
     quantizer,
@@ -48,6 +49,7 @@ def test_interpreted_kernels_equal_the_meaning():
         (100, "SILU_MUL", True),
         (90, "GELU_MUL", True),
         (120, "PLAIN", False),
+        (100, "ADD_RMS_NORM", False),
     ],
 )
 def test_quantizers_round_as_written(capability, kind, whole):
@@ -116,6 +118,14 @@ def test_one_row_is_streamed_in_integers(capability):
 def test_decoding_takes_few_instructions(capability, route, name, repeats, most):
     """What the loop over K executes for each weight, all rows of the tile included."""
     count = count_product(capability, rules(route)[name], repeats=repeats)
+    assert count.spills == 0 and count.instructions <= most, count
+
+
+# A H200 can issue 26 for an element at 60 % of its bandwidth.
+@pytest.mark.parametrize("capability, kind, most", [(80, "PLAIN", 26), (90, "RMS_NORM", 46)])
+def test_quantizing_takes_few_instructions(capability, kind, most):
+    """What a row of 4096 channels executes for each channel, without residual blocks."""
+    count = count_quantizer(capability, kind)
     assert count.spills == 0 and count.instructions <= most, count
 
 

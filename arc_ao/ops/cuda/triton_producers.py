@@ -24,7 +24,7 @@ MAX_TILE = 1024  # blocks: a row of 16384 channels stays in registers
 LONG_TILE = 512  # blocks of a longer row read at a time
 FEW = 16  # extra blocks at a time
 ELEMENTS_PER_WARP = 1024
-GELU_ELEMENTS_PER_WARP = 512  # two live polynomials an element: more would spill registers
+HEAVY_ELEMENTS_PER_WARP = 512  # two live polynomials an element, or two inputs: more would spill
 
 
 class Source(NamedTuple):
@@ -130,7 +130,8 @@ def tile_blocks(blocks: int) -> tuple[int, bool]:
 
 def num_warps(tile: int, kind: int) -> int:
     """Warps for a tile of blocks of a kind of input."""
-    elements = GELU_ELEMENTS_PER_WARP if kind >= inputs.GELU.value else ELEMENTS_PER_WARP
+    is_heavy = kind == inputs.ADD_RMS_NORM.value or kind >= inputs.GELU.value
+    elements = HEAVY_ELEMENTS_PER_WARP if is_heavy else ELEMENTS_PER_WARP
     return min(16, max(1, tile * 16 // elements))
 
 
