@@ -29,6 +29,7 @@ from arc_ao.ops.cuda import triton_weight_only  # noqa: E402
 
 CASES = Path(__file__).with_name("triton_cases.py")
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+LEAST_SHARED = 99 << 10  # bytes that a program has on sm_86, sm_89 and sm_120
 FLOAT_ATOMICS = re.compile(r"\b(atom|red)\.")
 
 
@@ -65,12 +66,13 @@ def test_quantizers_round_as_written(capability, kind, whole):
 def test_tiles_run_on_tensor_cores_and_spill_nothing(name):
     """On one architecture per default rule and with residual blocks; the largest on all four."""
     rule = rules("tiles")[name]
-    every = {"16x64": (80,), "32x64": (120,), "64x128": (90,), "128x128": (80, 90, 100, 120)}
+    every = {"16x128": (80,), "32x64": (120,), "64x128": (90,), "128x128": (80, 90, 100, 120)}
     for capability in every[name]:
         machine = product(capability, rule, repeats=True)
         expected = TENSOR_CORES[capability] if rule.block_n >= 64 else "HMMA"
         assert machine.opcodes[expected], (capability, machine.opcodes)
         assert machine.spills == 0, capability
+        assert machine.shared <= LEAST_SHARED, capability
         assert not FLOAT_ATOMICS.search(machine.ptx)
         assert ".ftz" not in machine.ptx  # 0.5 is decoded by way of a subnormal
 
@@ -110,15 +112,15 @@ def test_one_row_is_streamed_in_integers(capability):
         (90, "row", "1x8", False, 2.5),
         (90, "row", "1x8", True, 3.0),
         (90, "row", "2x8", False, 3.3),
-        (80, "tiles", "16x64", False, 6.3),
-        (90, "tiles", "16x64", False, 4.9),
+        (80, "tiles", "16x128", False, 5.6),
+        (90, "tiles", "16x128", False, 4.3),
         (90, "tiles", "64x128", False, 5.6),
     ],
 )
 def test_decoding_takes_few_instructions(capability, route, name, repeats, most):
     """What the loop over K executes for each weight, all rows of the tile included."""
     count = count_product(capability, rules(route)[name], repeats=repeats)
-    assert count.spills == 0 and count.instructions <= most, count
+    assert count.spills == 0 and 1 < count.instructions <= most, count
 
 
 # A H200 can issue 26 for an element at 60 % of its bandwidth.
@@ -126,10 +128,10 @@ def test_decoding_takes_few_instructions(capability, route, name, repeats, most)
 def test_quantizing_takes_few_instructions(capability, kind, most):
     """What a row of 4096 channels executes for each channel, without residual blocks."""
     count = count_quantizer(capability, kind)
-    assert count.spills == 0 and count.instructions <= most, count
+    assert count.spills == 0 and 1 < count.instructions <= most, count
 
 
 def test_default_rules_are_all_built_here():
     """A rule that is added to the table has to be added to these tests."""
-    assert set(rules("tiles")) == {"16x64", "32x64", "64x128", "128x128"}
+    assert set(rules("tiles")) == {"16x128", "32x64", "64x128", "128x128"}
     assert set(rules("row")) == {"1x8", "2x8"} and len(rules("decode")) == 1

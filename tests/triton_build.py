@@ -22,6 +22,7 @@ class Machine(NamedTuple):
     registers: int
     loop: int
     straight: int
+    shared: int  # bytes
 
 
 def build(
@@ -64,6 +65,7 @@ def build(
         registers_of(sass),
         max(map(len, loops), default=0),
         len(before_exit(sass) - set().union(*loops)),
+        compiled.metadata.shared,
     )
 
 
