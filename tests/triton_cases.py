@@ -185,6 +185,7 @@ def test_rows_longer_than_a_tile_are_bit_equal(config, monkeypatch):
     """Three tiles, the last one ragged, instead of a row in registers; channels out of order."""
     monkeypatch.setattr(triton_producers, "MAX_TILE", 2)
     monkeypatch.setattr(triton_producers, "LONG_TILE", 2)
+    monkeypatch.setattr(triton_producers, "HEAVY_TILE", 2)
     x, y = activations(2, 72), activations(3, 72)[1:]
     weight = torch.randn(72, generator=generator()).bfloat16()
     order = torch.randperm(72, generator=generator()).int()
