@@ -123,6 +123,13 @@ def test_decoding_takes_few_instructions(capability, route, name, repeats, most)
     assert count.spills == 0 and 1 < count.instructions <= most, count
 
 
+@pytest.mark.parametrize("kind", ["RMS_NORM", "ADD_RMS_NORM"])
+def test_long_rows_in_another_order_spill_nothing(kind):
+    """With both roundings of four-over-six: what takes most registers."""
+    machine = quantizer(90, kind, whole=False, four_over_six=True, ordered=True)
+    assert machine.spills == 0
+
+
 # A H200 can issue 26 for an element at 60 % of its bandwidth.
 @pytest.mark.parametrize("capability, kind, most", [(80, "PLAIN", 26), (90, "RMS_NORM", 46)])
 def test_quantizing_takes_few_instructions(capability, kind, most):

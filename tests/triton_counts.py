@@ -41,13 +41,22 @@ PRODUCT_ARGUMENTS = {
 }
 
 
-def quantizer(capability: int, kind: str, *, whole: bool, four_over_six: bool = False) -> Machine:
+def quantizer(
+    capability: int,
+    kind: str,
+    *,
+    whole: bool,
+    four_over_six: bool = False,
+    ordered: bool = False,
+) -> Machine:
     """`quantize_row` of a row of 4096 channels, or of one longer than a tile."""
-    tile = 256 if whole else 512
+    number = getattr(triton_inputs, kind).value
+    is_heavy = triton_producers._is_heavy(number, ordered, four_over_six)
+    tile, _ = triton_producers.tile_blocks(256 if whole else 2048, is_heavy)
     constants = {
-        "kind": getattr(triton_inputs, kind).value,
+        "kind": number,
         "origin": triton_quantize.ROW_AMAX.value,
-        "ordered": False,
+        "ordered": ordered,
         "four_over_six": four_over_six,
         "whole": whole,
         "TILE": tile,
