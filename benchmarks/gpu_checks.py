@@ -18,13 +18,15 @@ from gpu_reference import (
     activations,
     assert_same,
     assert_within_the_bound,
+    exact_operands,
+    exact_product,
     operands,
 )
 from torch import Tensor
 
 from arc_ao.formats import nvfp4
 from arc_ao.ops import producers
-from arc_ao.ops.cuda import dispatch
+from arc_ao.ops.cuda import dispatch, tuning
 from arc_ao.ops.nvfp4_gemm import nvfp4_gemm_eager
 from arc_ao.ops.nvfp4_weight_only_gemm import augmented, nvfp4_weight_only_gemm_eager
 from arc_ao.ops.quant_augment import quant_augment_eager
@@ -179,21 +181,36 @@ def routes(device: torch.device) -> Iterator[Case]:
     """Every rule of the GPU's table and of the default one, with and without splitting K."""
     if "triton" not in backends(device):
         return
-    from arc_ao.ops.cuda import triton_products, tuning
-
     tables = {tuning.table_path(c) for c in (torch.cuda.get_device_capability(device), None)}
-    rules = {rule for path in tables for rule in tuning.read_table(path)}
+    rules = {dataclasses.replace(rule, max_m=None, n=None, k=None)
+             for path in tables for rule in tuning.read_table(path)}  # fmt: skip
     for rule in sorted(rules, key=str):
+        name = f"triton: {rule.route} {rule.block_m}x{rule.block_n}x{rule.block_k}"
         for rows, n, k in ((1, 257, 4096), (37, 515, 1040), (300, 4096, 272)):
             if rule.route == "row" and rows > 64:
                 continue
+            yield f"{name}, {rows} x {n} x {k}", partial(route, device, rule, rows, n, k)
+        if rule.route != "decode":
+            yield f"{name}, bit for bit", partial(route_in_integers, device, rule)
 
-            def case(rule=rule, rows=rows, n=n, k=k) -> None:
-                args = operands(rows, n, k, device)
-                for split in (0, 1, 3):
-                    tried = dataclasses.replace(rule, split=split)
-                    y = triton_products.nvfp4_gemm(*args.values(), rule=tried)
-                    assert_within_the_bound(y, args)
 
-            name = f"triton: {rule.route} {rule.block_m}x{rule.block_n}x{rule.block_k}"
-            yield f"{name}, {rows} x {n} x {k}", case
+def route(device: torch.device, rule: tuning.Rule, rows: int, n: int, k: int) -> None:
+    """A rule's product against float64, K in one part and in several."""
+    from arc_ao.ops.cuda import triton_products
+
+    args = operands(rows, n, k, device)
+    for split in (0, 1, 3):
+        tried = dataclasses.replace(rule, split=split)
+        assert_within_the_bound(triton_products.nvfp4_gemm(*args.values(), rule=tried), args)
+
+
+def route_in_integers(device: torch.device, rule: tuning.Rule) -> None:
+    """The kernel's PTX, and what stands beside it, give the product bit for bit where every sum is
+    exact; K is ragged and even."""
+    from arc_ao.ops.cuda import triton_products
+
+    for rows, n, k in ((3, 131, 1040), (2, 64, 4096)):
+        args = exact_operands(rows, n, k, device)
+        for assembly in (True, False):
+            y = triton_products.nvfp4_gemm(**args, rule=rule, assembly=assembly)
+            assert_same(y, exact_product(args), f"assembly {assembly}, {rows} x {n} x {k}")

@@ -38,6 +38,30 @@ def operands(rows: int, n: int, k: int, device: torch.device, dtype=torch.bfloat
     }
 
 
+def exact_operands(rows: int, n: int, k: int, device: torch.device) -> dict:
+    """Any codes under scales of 1 and 2: fp32 holds every partial sum of the product up to
+    K = 2^14, so that its result depends neither on the order of additions nor on contraction."""
+    generator = torch.Generator().manual_seed(k)
+
+    def operand(height: int) -> tuple[Tensor, Tensor]:
+        codes = torch.randint(256, (height, k // 2), generator=generator, dtype=torch.uint8)
+        powers = torch.randint(2, (height, k // nvfp4.BLOCK_SIZE), generator=generator)
+        return codes.to(device), nvfp4.encode_e4m3(1.0 + powers.float()).to(device)
+
+    a, b, one = operand(rows), operand(n), torch.ones(1, device=device)
+    return {
+        **{"a": a[0], "a_scale": a[1], "a_outer": one.expand(rows).contiguous()},
+        **{"b": b[0], "b_scale": b[1], "b_outer": one, "bias": None},
+        **{"out_dtype": torch.float32},
+    }
+
+
+def exact_product(args: dict) -> Tensor:
+    """fp32 [M, N] of `exact_operands`."""
+    left, right = (nvfp4.decode(args[n], args[f"{n}_scale"]).double() for n in ("a", "b"))
+    return (left @ right.t()).float()
+
+
 def assert_same(got: Tensor, expected: Tensor, name: str) -> None:
     """Equal bit for bit, any NaN to any NaN."""
     torch.testing.assert_close(

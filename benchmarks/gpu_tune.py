@@ -21,8 +21,8 @@ from arc_ao.ops.cuda.tuning import Rule
 STEPS_OF_M = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 ROUNDS = 3
 TILES = ((64, 16, 4), (64, 8, 4), (128, 8, 4), (128, 8, 8), (128, 16, 8), (32, 16, 4))
-ROWS = ((8, 64, 4), (16, 64, 4), (32, 64, 4), (16, 32, 4), (16, 128, 8), (4, 64, 2))
-LARGEST_ROW_M = 4
+ROWS = ((8, 128, 2), (8, 256, 4), (16, 128, 2), (4, 128, 2), (8, 64, 1), (16, 64, 1))
+LARGEST_ROW_M = 4  # a power of two
 SMALLEST_DECODE_M = 128
 
 
@@ -30,7 +30,7 @@ def candidates(rows: int) -> Iterator[Rule]:
     """What is tried for `rows` tokens."""
     if rows <= LARGEST_ROW_M:
         for block_n, block_k, warps in ROWS:
-            yield Rule("row", block_n=block_n, block_k=block_k, num_warps=warps, num_stages=2)
+            yield Rule("row", None, None, None, rows, block_n, block_k, warps)
     block_m = min(128, max(16, rows))
     for block_n, block_k, warps in TILES if rows > 1 else ():
         for stages in (2, 3):

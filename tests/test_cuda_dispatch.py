@@ -87,6 +87,19 @@ def test_every_operator_has_an_implementation_on_every_backend(name):
     assert kernel.__name__ == name and kernel.__module__.startswith("arc_ao.ops.cuda.triton_")
 
 
+def test_a_kernel_is_looked_up_once(monkeypatch):
+    """Calls behind the first import nothing, and a swizzled weight still takes the meaning."""
+    pytest.importorskip("triton", reason="the kernels for NVIDIA GPUs are written in triton")
+    eager = object()
+    first = dispatch.implementation("nvfp4_gemm", "triton", eager, ())
+    monkeypatch.setattr(dispatch, "import_module", None)
+    assert dispatch.implementation("nvfp4_gemm", "triton", eager, ("plain",)) is first
+    dispatch.kernel_of.cache_clear()
+    assert dispatch.implementation("nvfp4_gemm", "triton", eager, ("swizzled",)) is eager
+    with pytest.raises(TypeError, match="not callable"):
+        dispatch.implementation("nvfp4_gemm", "triton", eager, ())
+
+
 def test_nothing_imports_triton_before_a_gpu_is_used():
     """Importing the package, the operators or reporting on the machine leaves it alone."""
     code = (
@@ -100,7 +113,7 @@ def test_rules_are_tried_in_order_and_the_last_fits_everything():
     """Every M up to a bound, then the next; K_aug may exceed a rule's K by a quarter."""
     table = tuning.table(None)
     routes = [tuning.choose(None, m, 4096, 4096).route for m in (1, 2, 16, 17, 256, 257, 10**6)]
-    assert routes == ["row", "tiles", "tiles", "tiles", "tiles", "decode", "decode"]
+    assert routes == ["row", "row", "tiles", "tiles", "tiles", "decode", "decode"]
     assert tuning.choose((6, 1), 16, 1, 16) == tuning.choose(None, 16, 1, 16)
     assert [r.max_m for r in table] == sorted(r.max_m or 10**9 for r in table[:-1]) + [None]
     rule = Rule("tiles", max_m=4, n=512, k=1024)

@@ -16,39 +16,21 @@ import pytest
 pytest.importorskip("triton", reason="the kernels for NVIDIA GPUs are written in triton")
 
 from triton_build import build  # noqa: E402
+from triton_counts import (  # noqa: E402
+    count_product,
+    count_quantizer,
+    launch_options,
+    product,
+    quantizer,
+    rules,
+)
 
-from arc_ao.ops.cuda import (
-    triton_gemm,
-    triton_inputs,
-    triton_producers,
-    triton_quantize,
-    triton_weight_only,
-    tuning,
-)  # noqa: E402
+from arc_ao.ops.cuda import triton_weight_only  # noqa: E402
 
 CASES = Path(__file__).with_name("triton_cases.py")
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+LEAST_SHARED = 99 << 10  # bytes that a program has on sm_86, sm_89 and sm_120
 FLOAT_ATOMICS = re.compile(r"\b(atom|red)\.")
-
-QUANTIZE_ARGUMENTS = {
-    **dict.fromkeys(("first", "second", "weight", "total"), "*bf16"),
-    **dict.fromkeys(("order", "act_blocks", "act_channels", "weight_blocks"), "*i32"),
-    **dict.fromkeys(("qdata", "scale"), "*u8"),
-    **dict.fromkeys(("scale_in", "outer"), "*fp32"),
-    **dict.fromkeys(("blocks", "act_count", "gathered_count", "weight_count"), "i32"),
-    **dict.fromkeys(("channels", "first_row_stride", "second_row_stride"), "16"),
-    **dict.fromkeys(("first_stride", "second_stride", "weight_stride"), "1"),
-    "eps": "fp32",
-}
-PRODUCT_ARGUMENTS = {
-    **dict.fromkeys(("a", "b"), "*i64"),
-    **dict.fromkeys(("a_scale", "b_scale"), "*u8"),
-    **dict.fromkeys(("a_outer", "b_outer"), "*fp32"),
-    **dict.fromkeys(("bias", "y"), "*bf16"),
-    **dict.fromkeys(("columns", "blocks", "base_blocks", "split_blocks"), "16"),
-    **dict.fromkeys(("rows", "act_count"), "i32"),
-    "act_blocks": "*i32",
-}
 
 
 def test_interpreted_kernels_equal_the_meaning():
@@ -60,22 +42,6 @@ def test_interpreted_kernels_equal_the_meaning():
     assert re.search(r"\d\d passed", done.stdout) and "skipped" not in done.stdout
 
 
-def quantizer(capability: int, kind: str, *, whole: bool, four_over_six: bool = False):
-    tile = 256 if whole else 512
-    constants = {
-        "kind": getattr(triton_inputs, kind).value,
-        "origin": triton_quantize.ROW_AMAX.value,
-        "ordered": False,
-        "four_over_six": four_over_six,
-        "whole": whole,
-        "TILE": tile,
-        "FEW": 16,
-    }
-    warps = triton_producers.num_warps(tile, constants["kind"])
-    options = {"num_warps": warps, "enable_fp_fusion": False}
-    return build(triton_quantize.quantize_row, capability, QUANTIZE_ARGUMENTS, constants, **options)
-
-
 @pytest.mark.parametrize(
     "capability, kind, whole",
     [
@@ -84,6 +50,7 @@ def quantizer(capability: int, kind: str, *, whole: bool, four_over_six: bool = 
         (100, "SILU_MUL", True),
         (90, "GELU_MUL", True),
         (120, "PLAIN", False),
+        (100, "ADD_RMS_NORM", False),
     ],
 )
 def test_quantizers_round_as_written(capability, kind, whole):
@@ -95,45 +62,17 @@ def test_quantizers_round_as_written(capability, kind, whole):
     assert re.search(r"ld\.global\S*\.v[24]\.b(32|64)", machine.ptx)
 
 
-def rules(route: str) -> dict[str, tuning.Rule]:
-    """Rules of the default table by name."""
-    table = tuning.read_table(tuning.TABLES / "default.json")
-    return {f"{r.block_m}x{r.block_n}": r for r in table if r.route == route}
-
-
-def launch_options(rule: tuning.Rule) -> dict:
-    return {
-        "num_warps": rule.num_warps,
-        "num_stages": rule.num_stages,
-        "enable_fp_fusion": True,
-    }
-
-
-def product(kernel, capability: int, rule: tuning.Rule, *, repeats: bool):
-    constants = {
-        "repeats": repeats,
-        "even": not repeats,
-        "partial": False,
-        "has_bias": True,
-        "per_row": True,
-        "BLOCK_M": rule.block_m,
-        "BLOCK_N": rule.block_n,
-        "BLOCK_K": rule.block_k,
-    }
-    options = launch_options(rule)
-    return build(kernel, capability, PRODUCT_ARGUMENTS, constants, **options)
-
-
 @pytest.mark.parametrize("name", rules("tiles"))
 def test_tiles_run_on_tensor_cores_and_spill_nothing(name):
     """On one architecture per default rule and with residual blocks; the largest on all four."""
     rule = rules("tiles")[name]
-    every = {"16x64": (80,), "32x64": (120,), "64x64": (90,), "128x128": (80, 90, 100, 120)}
+    every = {"16x128": (80,), "32x64": (120,), "64x128": (90,), "128x128": (80, 90, 100, 120)}
     for capability in every[name]:
-        machine = product(triton_gemm.multiply_tiles, capability, rule, repeats=True)
-        expected = TENSOR_CORES[capability] if rule.block_m >= 64 else "HMMA"
+        machine = product(capability, rule, repeats=True)
+        expected = TENSOR_CORES[capability] if rule.block_n >= 64 else "HMMA"
         assert machine.opcodes[expected], (capability, machine.opcodes)
         assert machine.spills == 0, capability
+        assert machine.shared <= LEAST_SHARED, capability
         assert not FLOAT_ATOMICS.search(machine.ptx)
         assert ".ftz" not in machine.ptx  # 0.5 is decoded by way of a subnormal
 
@@ -149,7 +88,7 @@ def test_weight_only_tiles_run_on_tensor_cores(capability, block_m, expected):
         **{"b": "*i64", "b_scale": "*u8", "b_outer": "*fp32", "weight_blocks": "*i32"},
         **{"rows": "i32", "x_stride": "1"},
     }
-    constants = {"partial": False, "has_bias": True}
+    constants = {"partial": False, "has_bias": True, "assembly": True}
     constants |= {"BLOCK_M": block_m, "BLOCK_N": rule.block_n, "BLOCK_K": rule.block_k}
     options = launch_options(rule)
     machine = build(triton_weight_only.multiply, capability, arguments, constants, **options)
@@ -157,16 +96,49 @@ def test_weight_only_tiles_run_on_tensor_cores(capability, block_m, expected):
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_one_row_is_streamed_and_spills_nothing(capability):
-    """Weights arrive a block at a time, sums are fp32 and not by atomics."""
-    (rule,) = rules("row").values()
-    machine = product(triton_gemm.multiply_row, capability, rule, repeats=False)
-    assert machine.spills == 0 and machine.opcodes["FFMA"] >= 16
-    assert re.search(r"ld\.global\S*\.b64", machine.ptx)
+def test_one_row_is_streamed_in_integers(capability):
+    """Weights arrive two blocks at a time and meet the row in dp4a; sums are not by atomics."""
+    machine = product(capability, rules("row")["1x8"], repeats=False)
+    assert machine.spills == 0 and machine.opcodes["IDP"] >= 64
+    assert re.search(r"ld\.global\S*\.v2\.b64", machine.ptx)
     assert not FLOAT_ATOMICS.search(machine.ptx) and ".ftz" not in machine.ptx
+
+
+# Instructions for a weight of which a H200 can issue no more than 4.5 at 75 % of its bandwidth.
+@pytest.mark.parametrize(
+    "capability, route, name, repeats, most",
+    [
+        (80, "row", "1x8", False, 2.5),
+        (90, "row", "1x8", False, 2.5),
+        (90, "row", "1x8", True, 3.0),
+        (90, "row", "2x8", False, 3.3),
+        (80, "tiles", "16x128", False, 5.6),
+        (90, "tiles", "16x128", False, 4.3),
+        (90, "tiles", "64x128", False, 5.6),
+    ],
+)
+def test_decoding_takes_few_instructions(capability, route, name, repeats, most):
+    """What the loop over K executes for each weight, all rows of the tile included."""
+    count = count_product(capability, rules(route)[name], repeats=repeats)
+    assert count.spills == 0 and 1 < count.instructions <= most, count
+
+
+@pytest.mark.parametrize("kind", ["RMS_NORM", "ADD_RMS_NORM"])
+def test_long_rows_in_another_order_spill_nothing(kind):
+    """With both roundings of four-over-six: what takes most registers."""
+    machine = quantizer(90, kind, whole=False, four_over_six=True, ordered=True)
+    assert machine.spills == 0
+
+
+# A H200 can issue 26 for an element at 60 % of its bandwidth.
+@pytest.mark.parametrize("capability, kind, most", [(80, "PLAIN", 26), (90, "RMS_NORM", 46)])
+def test_quantizing_takes_few_instructions(capability, kind, most):
+    """What a row of 4096 channels executes for each channel, without residual blocks."""
+    count = count_quantizer(capability, kind)
+    assert count.spills == 0 and 1 < count.instructions <= most, count
 
 
 def test_default_rules_are_all_built_here():
     """A rule that is added to the table has to be added to these tests."""
-    assert set(rules("tiles")) == {"16x64", "32x64", "64x64", "128x128"}
-    assert len(rules("row")) == len(rules("decode")) == 1
+    assert set(rules("tiles")) == {"16x128", "32x64", "64x128", "128x128"}
+    assert set(rules("row")) == {"1x8", "2x8"} and len(rules("decode")) == 1

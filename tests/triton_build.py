@@ -13,11 +13,16 @@ WARP_SIZE = 32
 
 
 class Machine(NamedTuple):
-    """What a kernel became: opcodes by name, bytes of registers spilled per thread, PTX."""
+    """What a kernel became: opcodes by name, loads and stores of spilled registers, PTX, registers
+    of a thread, instructions in the longest loop, and outside of loops before the first exit."""
 
     opcodes: Counter
     spills: int
     ptx: str
+    registers: int
+    loop: int
+    straight: int
+    shared: int  # bytes
 
 
 def build(
@@ -52,7 +57,16 @@ def build(
     target = GPUTarget("cuda", capability, WARP_SIZE)
     compiled = triton.compile(source, target=target, options=options)
     sass = compiled.asm["sass"]
-    return Machine(opcodes_of(sass), spills_of(sass), compiled.asm["ptx"])
+    loops = loops_of(sass)
+    return Machine(
+        opcodes_of(sass),
+        spills_of(sass),
+        compiled.asm["ptx"],
+        registers_of(sass),
+        max(map(len, loops), default=0),
+        len(before_exit(sass) - set().union(*loops)),
+        compiled.metadata.shared,
+    )
 
 
 def opcodes_of(sass: str) -> Counter:
@@ -64,3 +78,39 @@ def spills_of(sass: str) -> int:
     """Loads and stores of thread-local memory: what did not fit into registers."""
     opcodes = opcodes_of(sass)
     return opcodes["LDL"] + opcodes["STL"]
+
+
+def instructions_of(sass: str) -> list[int]:
+    """Lines of the listing that hold an instruction."""
+    pattern = re.compile(r"^\S+\t")
+    return [i for i, line in enumerate(sass.splitlines()) if pattern.match(line)]
+
+
+def before_exit(sass: str) -> set[int]:
+    """Lines with instructions up to the first exit; behind it are rare ways of a division."""
+    lines, where = sass.splitlines(), instructions_of(sass)
+    first = next((i for i in where if re.search(r"\bEXIT\b", lines[i])), where[-1])
+    return {i for i in where if i <= first}
+
+
+def loops_of(sass: str) -> list[set[int]]:
+    """Lines with instructions from each label to the last branch back to it."""
+    lines, labels, ends = sass.splitlines(), {}, {}
+    for i, line in enumerate(lines):
+        if label := re.match(r"^(\w+):\s*$", line):
+            labels[label[1]] = i
+        branch = re.search(r"\bBRA(?:\.\S+)? (?:!?U?P\w+, )?(\w+)", line)
+        if branch and branch[1] in labels and not _is_trap(lines[i - 1 : i + 1], branch[1]):
+            ends[branch[1]] = i
+    where = instructions_of(sass)
+    return [{i for i in where if labels[name] < i <= end} for name, end in ends.items()]
+
+
+def _is_trap(lines: list[str], label: str) -> bool:
+    """Whether a branch is the one to itself behind the last instruction."""
+    return lines[0].startswith(f"{label}:")
+
+
+def registers_of(sass: str) -> int:
+    """One more than the highest register that is named."""
+    return 1 + max(map(int, re.findall(r"\bR(\d+)", sass)), default=-1)

@@ -5,6 +5,7 @@
 Interpreted kernels take half a second a program, so shapes are tiny and rows few.
 """
 
+import ptx_model
 import pytest
 import torch
 import triton
@@ -14,6 +15,7 @@ from torch import Tensor
 from arc_ao.formats import nvfp4
 from arc_ao.ops import producers
 from arc_ao.ops.cuda import (
+    triton_bytes,
     triton_nvfp4,
     triton_producers,
     triton_products,
@@ -79,6 +81,26 @@ def test_conversions_equal_the_meaning_on_all_bf16_and_on_ties():
     scale = nvfp4.encode_e4m3(nvfp4.round_to_e4m3(x.abs()))
     same_bits((*codes, rounded), (scale, nvfp4.encode_e2m1(x), x.bfloat16()))
     same_bits((decoded,), (nvfp4.decode_e4m3(scale),))
+
+
+@triton.jit
+def look_up(words, permuted, dotted, N: tl.constexpr):
+    """The instructions of triton_bytes.py, spelled out, on N int32 words."""
+    i = tl.arange(0, N)
+    low, high = tl.load(words + i), tl.load(words + N + i)
+    selector = tl.load(words + 2 * N + i)
+    tl.store(permuted + i, triton_bytes.permute(low, high, selector, False))
+    tl.store(dotted + i, triton_bytes.dot4(low, high, selector, False))
+
+
+def test_bytes_are_permuted_and_multiplied_as_by_ptx():
+    """What the interpreter runs instead of PTX gives the words that PTX gives."""
+    words = torch.randint(1 << 32, (3, 1 << 12), generator=generator())
+    got = [torch.empty(1 << 12, dtype=torch.int32) for _ in range(2)]
+    look_up[(1,)](words.to(torch.int32), *got, N=1 << 12)
+    for result, assembly in zip(got, (triton_bytes.PERMUTE, triton_bytes.DOT4), strict=True):
+        (expected,) = ptx_model.run(assembly.value, *words, outputs=1)
+        assert torch.equal(result, expected.to(torch.int32))
 
 
 AUGMENTATION = {  # the arguments behind x, in their order
@@ -163,6 +185,7 @@ def test_rows_longer_than_a_tile_are_bit_equal(config, monkeypatch):
     """Three tiles, the last one ragged, instead of a row in registers; channels out of order."""
     monkeypatch.setattr(triton_producers, "MAX_TILE", 2)
     monkeypatch.setattr(triton_producers, "LONG_TILE", 2)
+    monkeypatch.setattr(triton_producers, "HEAVY_TILE", 2)
     x, y = activations(2, 72), activations(3, 72)[1:]
     weight = torch.randn(72, generator=generator()).bfloat16()
     order = torch.randperm(72, generator=generator()).int()
@@ -231,8 +254,8 @@ def _exact(args: dict) -> tuple[Tensor, Tensor]:
 
 
 RULES = {
-    "row": Rule("row", block_n=32, block_k=8),
-    "row, K in two parts": Rule("row", block_n=32, block_k=4, split=2),
+    "row": Rule("row", block_m=1, block_n=32, block_k=8),
+    "two rows, K in two parts": Rule("row", block_m=2, block_n=32, block_k=4, split=2),
     "tiles": Rule("tiles", block_m=16, block_n=16, block_k=2),
     "tiles, ragged K": Rule("tiles", block_m=16, block_n=32, block_k=4),
     "tiles, K in three parts": Rule("tiles", block_m=16, block_n=16, block_k=4, split=3),
@@ -245,8 +268,19 @@ RULES = {
 @pytest.mark.parametrize("repeated", [False, True])
 def test_products_are_within_the_bound_on_every_route(rule, repeated):
     """19 columns and few rows: every tile is ragged."""
-    args = operands(2 if rule.route == "row" else 17, 19, repeated=repeated)
+    args = operands(3 if rule.route == "row" else 17, 19, repeated=repeated)
     assert_within_the_bound(triton_products.nvfp4_gemm(**args, rule=rule), args)
+
+
+@pytest.mark.parametrize("name", ["two rows, K in two parts", "tiles, ragged K"])
+def test_sums_that_fp32_holds_are_exact(name):
+    """Any codes, scales of 1 and 2, K = 144: the product is that of float64 bit for bit."""
+    codes = torch.randint(256, (22, 72), generator=generator(), dtype=torch.uint8)
+    scale = 1.0 + torch.randint(2, (22, 9), generator=generator()).float()
+    a, b = zip(codes.split([3, 19]), nvfp4.encode_e4m3(scale).split([3, 19]), strict=True)
+    one = torch.ones(1)
+    y = triton_products.nvfp4_gemm(*a, one, *b, one, None, torch.float32, rule=RULES[name])
+    assert torch.equal(y.double(), nvfp4.decode(*a).double() @ nvfp4.decode(*b).double().t())
 
 
 @pytest.mark.parametrize("route", ["row", "tiles", "decode"])
@@ -254,7 +288,9 @@ def test_products_are_within_the_bound_on_every_route(rule, repeated):
 def test_other_outputs_one_outer_scale_and_no_bias(route, dtype):
     """fp16 is rounded once; fp32 differs by the order of additions alone."""
     args = operands(1, 19) | {"bias": None, "out_dtype": dtype}
-    y = triton_products.nvfp4_gemm(**args, rule=Rule(route, block_n=32))
+    y = triton_products.nvfp4_gemm(
+        **args, rule=Rule(route, block_m=2 if route == "row" else 16, block_n=32)
+    )
     exact, absolute = _exact(args)
     allowed = torch.finfo(dtype).eps * exact.abs() + 1e-6 * absolute
     assert y.dtype == dtype and ((y.double() - exact).abs() <= allowed).all()
@@ -265,7 +301,9 @@ def test_a_token_with_nan_is_nan_and_others_are_not(route):
     """Also where its NaN scale is in one block only."""
     args = operands(2, 19)
     args["a_scale"][1, 5] = nvfp4.E4M3_NAN
-    y = triton_products.nvfp4_gemm(**args, rule=Rule(route, block_n=32))
+    y = triton_products.nvfp4_gemm(
+        **args, rule=Rule(route, block_m=2 if route == "row" else 16, block_n=32)
+    )
     assert y[1].isnan().all() and y[0].isfinite().all()
 
 

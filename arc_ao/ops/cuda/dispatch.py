@@ -58,16 +58,23 @@ def register(name: str, eager: Callable) -> None:
 def implementation(
     name: str, backend: str, eager: Callable, arguments: tuple[Any, ...]
 ) -> Callable:
-    """What runs arc::`name` on a backend. An operator without a compiled kernel runs in Triton; a
-    weight that was packed for Blackwell's kernels and landed elsewhere runs the meaning."""
+    """What runs arc::`name` on a backend; a weight that was packed for Blackwell's kernels and
+    landed elsewhere runs the meaning."""
+    is_swizzled = any(isinstance(a, str) and a == SWIZZLED for a in arguments)
+    return kernel_of(name, backend, is_swizzled) or eager
+
+
+@cache
+def kernel_of(name: str, backend: str, is_swizzled: bool) -> Callable | None:
+    """The kernel behind arc::`name` on a backend, looked up once; None is the eager meaning. An
+    operator without a compiled kernel runs in Triton."""
     if backend == "blackwell":
         compiled = getattr(import_module(BLACKWELL_MODULE), name, None)
         if compiled is not None:
             return compiled
         backend = "eager" if find_spec("triton") is None else "triton"
-    is_swizzled = any(isinstance(a, str) and a == SWIZZLED for a in arguments)
     if backend == "eager" or is_swizzled:
-        return eager
+        return None
     return getattr(import_module(f"arc_ao.ops.cuda.{TRITON_MODULES[name]}"), name)
 
 

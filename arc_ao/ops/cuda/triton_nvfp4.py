@@ -16,6 +16,9 @@ E4M3_MAX = tl.constexpr(448.0)
 INF_BITS = tl.constexpr(0x7F800000)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer, ties to even
 ROUND_BITS = tl.constexpr(0x4B400000)
+E2M1_MAX = tl.constexpr(6.0)
+MAGIC_STEP = tl.constexpr((1 << 23) + 2)  # a power of two more: twice as much, and two codes
+MAGIC_ORIGIN = tl.constexpr(0x4AC00000 - 127 * ((1 << 23) + 2))  # 1.5 * 2^22 where the power is 1
 TWO_POW_120 = tl.constexpr(2.0**120)
 TWO_POW_126 = tl.constexpr(2.0**126)
 ONE_SIXTH = tl.constexpr(1.0 / 6.0)
@@ -85,14 +88,24 @@ def decode_e4m3(code):
 
 
 @triton.jit
+def nearest_e2m1(v):
+    """4-bit codes (int32) of fp32 v that is no NaN.
+
+    Steps are 0.5 below 2, 1 below 4 and 2 above: half the power of two below v, at least 0.5.
+    `magic` is 1.5 * 2^23 steps, so that adding it rounds to steps, ties to even, plus the number of
+    codes below that power's own (0, 2 or 4); the lowest bits of the sum are the code.
+    """
+    a = tl.minimum(tl.abs(v), E2M1_MAX)
+    power = bits_of(tl.maximum(a, 1.0)) >> 23
+    magic = power * MAGIC_STEP + MAGIC_ORIGIN
+    sum_bits = bits_of(a + magic.to(tl.float32, bitcast=True))
+    return (sum_bits & 7) | ((bits_of(v) >> 28) & 8)
+
+
+@triton.jit
 def encode_e2m1(v):
     """4-bit codes (int32) of fp32 v; NaN gives 0. See `e2m1_index` in formats/nvfp4.py."""
-    a = tl.minimum(magnitude_bits(v).to(tl.float32, bitcast=True), 8.0)
-    fine = bits_of(a * 2.0 + ROUND) - ROUND_BITS
-    middle = bits_of(a + ROUND) - ROUND_BITS + 2
-    coarse = bits_of(a * 0.5 + ROUND) - ROUND_BITS + 4
-    index = tl.minimum(tl.minimum(fine, middle), tl.minimum(coarse, 7))
-    return tl.where(v != v, 0, index | ((bits_of(v) >> 28) & 8))
+    return tl.where(v != v, 0, nearest_e2m1(v))
 
 
 @triton.jit
@@ -117,16 +130,15 @@ def decode_e2m1(code):
 
 
 @triton.jit
-def block_scales(blocks, factor: tl.constexpr):
-    """e4m3 bits [n] of the scales that map the amax of fp32 blocks [n, 16] to 1 / factor."""
-    amax = tl.max(magnitude_bits(blocks), axis=1).to(tl.float32, bitcast=True)
-    return encode_e4m3(amax * factor)
+def block_amax(blocks):
+    """[n] of fp32 blocks [n, 16]; NaN is above Inf."""
+    return tl.max(magnitude_bits(blocks), axis=1).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def encode_blocks(blocks, scale):
-    """Codes [n, 16] of fp32 blocks under decoded scales [n]."""
-    return encode_e2m1(blocks * tl.math.div_rn(1.0, scale)[:, None])
+    """Codes [n, 16] of fp32 blocks under decoded scales [n]; any code where the scale is NaN."""
+    return nearest_e2m1(blocks * tl.math.div_rn(1.0, scale)[:, None])
 
 
 @triton.jit
@@ -148,13 +160,17 @@ def _squared_error(blocks, codes, scale, n: tl.constexpr):
 
 
 @triton.jit
-def quantize_blocks(blocks, n: tl.constexpr, four_over_six: tl.constexpr):
-    """Codes (int32 [n, 16]) and scale bits (int32 [n]) of fp32 blocks [n, 16]."""
-    bits = block_scales(blocks, ONE_SIXTH)
+def quantize_blocks(blocks, amax, n: tl.constexpr, four_over_six: tl.constexpr):
+    """Codes (int32 [n, 16]) and scale bits (int32 [n]) of fp32 blocks [n, 16] with `amax` [n].
+
+    Codes count for nothing where the scale is NaN, and a block with a value that is no number has
+    such a scale: `pack` makes them 0.
+    """
+    bits = encode_e4m3(amax * ONE_SIXTH)
     scale = decode_e4m3(bits)
     codes = encode_blocks(blocks, scale)
     if four_over_six:
-        wide_bits = block_scales(blocks, ONE_FOURTH)
+        wide_bits = encode_e4m3(amax * ONE_FOURTH)
         wide_scale = decode_e4m3(wide_bits)
         wide_codes = encode_blocks(blocks, wide_scale)
         narrow_error = _squared_error(blocks, codes, scale, n)
@@ -165,7 +181,8 @@ def quantize_blocks(blocks, n: tl.constexpr, four_over_six: tl.constexpr):
 
 
 @triton.jit
-def pack(codes, n: tl.constexpr):
-    """Codes [n, 16] to bytes uint8 [n, 8], even elements in the low nibbles."""
+def pack(codes, bits, n: tl.constexpr):
+    """Codes [n, 16] to bytes uint8 [n, 8], even elements in the low nibbles; 0 under scale bits [n]
+    of NaN."""
     low, high = tl.split(tl.reshape(codes, (n, 8, 2)))
-    return (low | (high << 4)).to(tl.uint8)
+    return tl.where((bits == E4M3_NAN)[:, None], 0, low | (high << 4)).to(tl.uint8)

@@ -22,9 +22,10 @@ from arc_ao.ops.quant_augment import augmented_shapes, check_augmentation
 
 MAX_TILE = 1024  # blocks: a row of 16384 channels stays in registers
 LONG_TILE = 512  # blocks of a longer row read at a time
+HEAVY_TILE = 256  # blocks, in a row or of one, where larger tiles would spill registers
 FEW = 16  # extra blocks at a time
 ELEMENTS_PER_WARP = 1024
-GELU_ELEMENTS_PER_WARP = 512  # two live polynomials an element: more would spill registers
+HEAVY_ELEMENTS_PER_WARP = 512  # two live polynomials an element, or two inputs: more would spill
 
 
 class Source(NamedTuple):
@@ -122,15 +123,23 @@ def _run(
     return qdata, scale, outer, total
 
 
-def tile_blocks(blocks: int) -> tuple[int, bool]:
-    """Blocks in a tile, and whether a row of `blocks` is one tile."""
+def tile_blocks(blocks: int, is_heavy: bool = False) -> tuple[int, bool]:
+    """Blocks in a tile, and whether a row of `blocks` is one tile; `is_heavy`: see `_is_heavy`."""
+    most, long_tile = (HEAVY_TILE, HEAVY_TILE) if is_heavy else (MAX_TILE, LONG_TILE)
     tile = max(2, triton.next_power_of_2(blocks))
-    return (tile, True) if tile <= MAX_TILE else (LONG_TILE, False)
+    return (tile, True) if tile <= most else (long_tile, False)
+
+
+def _is_heavy(kind: int, ordered: bool, four_over_six: bool) -> bool:
+    """Whether a tile of MAX_TILE or LONG_TILE blocks spilled registers."""
+    is_norm = kind in (inputs.RMS_NORM.value, inputs.ADD_RMS_NORM.value)
+    return four_over_six or (ordered and is_norm)
 
 
 def num_warps(tile: int, kind: int) -> int:
     """Warps for a tile of blocks of a kind of input."""
-    elements = GELU_ELEMENTS_PER_WARP if kind >= inputs.GELU.value else ELEMENTS_PER_WARP
+    is_heavy = kind == inputs.ADD_RMS_NORM.value or kind >= inputs.GELU.value
+    elements = HEAVY_ELEMENTS_PER_WARP if is_heavy else ELEMENTS_PER_WARP
     return min(16, max(1, tile * 16 // elements))
 
 
@@ -153,7 +162,8 @@ def _launch(
     act_blocks, act_channels, weight_blocks = ids
     gathered = 0 if act_channels is None else act_channels.shape[0] // 16
     blocks = math.ceil(first.shape[1] / 16)
-    tile, whole = tile_blocks(blocks)
+    is_heavy = _is_heavy(source.kind, order is not None, four_over_six)
+    tile, whole = tile_blocks(blocks, is_heavy)
     with on_device(first):
         kernels.quantize_row[(first.shape[0],)](
             first, second, weight, _or(total, first), _or(order, first), _or(scale_in, first),

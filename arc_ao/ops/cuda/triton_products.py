@@ -1,4 +1,5 @@
-"""arc::nvfp4_gemm on NVIDIA GPUs from sm_80 on: routes by shape, kernels in triton_gemm.py.
+"""arc::nvfp4_gemm on NVIDIA GPUs from sm_80 on: routes by shape, kernels in triton_rows.py
+and triton_gemm.py.
 
 Every route accumulates in fp32 and rounds once, behind outer scales and bias. Splitting K adds the
 parts in their order in a second pass, so that results do not vary from call to call.
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from arc_ao.ops.checks import check
 from arc_ao.ops.cuda import triton_gemm as kernels
+from arc_ao.ops.cuda import triton_rows
 from arc_ao.ops.cuda.device import on_device
 from arc_ao.ops.cuda.tuning import Rule, choose
 from arc_ao.ops.layout import from_panels
@@ -43,8 +45,10 @@ def nvfp4_gemm(
     b_layout: str = "plain",
     *,
     rule: Rule | None = None,
+    assembly: bool | None = None,
 ) -> Tensor:
-    """`nvfp4_gemm_eager` by the route that the GPU's table names, or by `rule`."""
+    """`nvfp4_gemm_eager` by the route that the GPU's table names, or by `rule`; `assembly` False
+    runs what stands beside the kernels' PTX, as where they are interpreted."""
     check_operands(a, a_scale, b, b_scale, act_blocks, base_blocks, b_layout)
     check_epilogue(a_outer, bias, a.shape[0], b.shape[0])
     check(b_layout in READ_LAYOUTS, f"nvfp4_gemm: Triton reads {READ_LAYOUTS}, got {b_layout!r}")
@@ -62,7 +66,8 @@ def nvfp4_gemm(
         if rule.route == "decode":
             _by_cublas(left, right, repeated, epilogue, y, rule)
         else:
-            _in_kernel(left, right, repeated, epilogue, y, rule)
+            assembly = y.is_cuda if assembly is None else assembly
+            _in_kernel(left, right, repeated, epilogue, y, rule, assembly)
     return y
 
 
@@ -72,18 +77,23 @@ Epilogue = tuple[Tensor, Tensor, Tensor | None]  # a_outer, b_outer, bias
 
 
 def _in_kernel(
-    left: Operand, right: Operand, repeated: Repeated, epilogue: Epilogue, y: Tensor, rule: Rule
+    left: Operand,
+    right: Operand,
+    repeated: Repeated,
+    epilogue: Epilogue,
+    y: Tensor,
+    rule: Rule,
+    assembly: bool,
 ) -> None:
     """Routes "row" and "tiles"."""
     rows, columns = y.shape
     blocks = left[1].shape[1]
-    block_m = 1 if rule.route == "row" else rule.block_m
-    tiles = math.ceil(rows / block_m) * math.ceil(columns / rule.block_n)
+    tiles = math.ceil(rows / rule.block_m) * math.ceil(columns / rule.block_n)
     steps = math.ceil(blocks / rule.block_k)
     splits, split_steps = parts_of(rule, tiles, steps, y.device)
     partial = splits > 1
     out = y.new_empty((splits, rows, columns), dtype=torch.float32) if partial else y
-    kernel = kernels.multiply_row if rule.route == "row" else kernels.multiply_tiles
+    kernel = triton_rows.multiply_rows if rule.route == "row" else kernels.multiply_tiles
     a_outer, b_outer, bias = epilogue
     act_blocks, base_blocks = repeated
     kernel[(tiles * splits,)](
@@ -91,8 +101,8 @@ def _in_kernel(
         a_outer if bias is None else bias, act_blocks, out,
         rows, columns, blocks, base_blocks, act_blocks.shape[0], split_steps * rule.block_k,
         repeats=act_blocks.shape[0] > 0, even=blocks % rule.block_k == 0, partial=partial,
-        has_bias=bias is not None, per_row=_per_row(a_outer),
-        BLOCK_M=block_m, BLOCK_N=rule.block_n, BLOCK_K=rule.block_k,
+        has_bias=bias is not None, per_row=_per_row(a_outer), assembly=assembly,
+        BLOCK_M=rule.block_m, BLOCK_N=rule.block_n, BLOCK_K=rule.block_k,
         num_warps=rule.num_warps, num_stages=rule.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     if partial:

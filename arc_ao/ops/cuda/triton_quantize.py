@@ -3,8 +3,10 @@
     sum of squares (norms)  ->  amax (outer scale per row)  ->  codes
 
 Each arrow is a pass over the row. A row of one tile (`whole`) stays in registers between them; a
-longer one is read again, from cache. Residual and repeated blocks, a few percent of the row, are
-computed anew from the input, so that no pass waits for what another one wrote.
+longer one is read again, from cache. A block's amax is taken before the outer scale's inverse is
+multiplied in, and is multiplied with it: rounding keeps the order of numbers. Residual and repeated
+blocks, a few percent of the row, are computed anew from the input, so that no pass waits for what
+another one wrote.
 
 `source` is what a row is made of: (first, second, weight, order, channels, first_stride,
 second_stride, weight_stride), with first and second pointing at the row, and `target` where it
@@ -24,6 +26,8 @@ from arc_ao.ops.cuda.triton_inputs import (
     source_channels,
 )
 from arc_ao.ops.cuda.triton_nvfp4 import (
+    bits_of,
+    block_amax,
     decode_e2m1,
     decode_e4m3,
     encode_e2m1,
@@ -68,17 +72,17 @@ def store_blocks(target, position, valid, codes, bits, n: tl.constexpr):
     """Write codes [n, 16] and scale bits [n] to the row's output blocks `position` [n]."""
     qdata, scale, _ = target
     byte = position[:, None] * 8 + tl.arange(0, 8)[None, :]
-    tl.store(qdata + byte, pack(codes, n), mask=valid[:, None])
+    tl.store(qdata + byte, pack(codes, bits, n), mask=valid[:, None])
     tl.store(scale + position, bits.to(tl.uint8), mask=valid)
 
 
 @triton.jit
 def store_base(
-    target, ids, blocks, scaled, raw, channel, mask,
+    target, ids, blocks, scaled, amax, raw, channel, mask,
     kind: tl.constexpr, four_over_six: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Quantize and write the base blocks `ids` [TILE], and the sum that the norm was taken of."""
-    codes, bits = quantize_blocks(scaled, TILE, four_over_six)
+    codes, bits = quantize_blocks(scaled, amax, TILE, four_over_six)
     store_blocks(target, ids, ids < blocks, codes, bits, TILE)
     if kind == ADD_RMS_NORM:
         total = target[2]
@@ -128,9 +132,9 @@ def quantize_extra_blocks(
         block += tl.load(weight_blocks + (here - act_count), mask=repeats, other=0)
         value, _, _, _ = load_channels(source, channels_of(block), inverse_rms, kind, ordered)
         scaled = value * inverse
-        codes, bits = quantize_blocks(scaled, FEW, four_over_six)
+        codes, bits = quantize_blocks(scaled, block_amax(scaled), FEW, four_over_six)
         residual = scaled - decode_e2m1(codes) * decode_e4m3(bits)[:, None]
-        fixed, fixed_bits = quantize_blocks(residual, FEW, four_over_six)
+        fixed, fixed_bits = quantize_blocks(residual, block_amax(residual), FEW, four_over_six)
         codes = tl.where(is_act[:, None], fixed, codes)
         bits = tl.where(is_act, fixed_bits, bits)
         position = blocks + here + tl.where(is_act, 0, gathered_count)
@@ -150,13 +154,14 @@ def quantize_gathered(
         chosen = tl.load(act_channels + gathered * 16 + tl.arange(0, 16))
         around = channels_of(chosen // 16)
         value, _, _, _ = load_channels(source, around, inverse_rms, kind, ordered)
-        _, bits = quantize_blocks(value * inverse, 16, four_over_six)
+        scaled = value * inverse
+        _, bits = quantize_blocks(scaled, block_amax(scaled), 16, four_over_six)
         value, _, _, _ = load_channels(source, chosen, inverse_rms, kind, ordered)
         scaled = value * inverse
         scale = decode_e4m3(bits)
         code = encode_e2m1(scaled * tl.math.div_rn(1.0, scale))
         residual = tl.reshape(scaled - decode_e2m1(code) * scale, (1, 16))
-        codes, bits = quantize_blocks(residual, 1, four_over_six)
+        codes, bits = quantize_blocks(residual, block_amax(residual), 1, four_over_six)
         position = first_position + gathered + tl.arange(0, 1)
         store_blocks(target, position, position >= 0, codes, bits, 1)
 
@@ -221,9 +226,10 @@ def quantize_row(
         inverse_rms = inverse_rms_of(square_sum, channels, eps)
     if whole:
         value = finish(source, raw, channel, mask, inverse_rms, kind)
+        amax = block_amax(value)
     if origin == ROW_AMAX or origin == ONLY_AMAX:
         if whole:
-            amax_bits = tl.max(tl.max(magnitude_bits(value), axis=1), axis=0)
+            amax_bits = tl.max(bits_of(amax), axis=0)
         else:
             amax_bits = amax_bits_of(source, blocks, inverse_rms, kind, ordered, TILE)
     if origin == ONLY_AMAX:
@@ -232,8 +238,9 @@ def quantize_row(
         inverse = outer_scales(scale_in, outer, row, amax_bits, origin)
         if whole:
             store_base(
-                target, ids, blocks, value * inverse, raw, channel, mask, kind, four_over_six, TILE
-            )
+                target, ids, blocks, value * inverse, amax * inverse, raw, channel, mask,
+                kind, four_over_six, TILE,
+            )  # fmt: skip
         else:
             for start in range(0, blocks, TILE):
                 here = start + ids
@@ -241,8 +248,8 @@ def quantize_row(
                     source, channels_of(here), inverse_rms, kind, ordered
                 )
                 store_base(
-                    target, here, blocks, value * inverse, raw, channel, mask, kind, four_over_six,
-                    TILE,
+                    target, here, blocks, value * inverse, block_amax(value) * inverse,
+                    raw, channel, mask, kind, four_over_six, TILE,
                 )  # fmt: skip
         quantize_extra_blocks(
             source, target, act_blocks, weight_blocks, blocks, act_count, gathered_count,

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from arc_ao.ops.cuda import triton_products as products
 from arc_ao.ops.cuda.device import on_device
-from arc_ao.ops.cuda.triton_gemm import decode_tile, operand_scale, store_product
+from arc_ao.ops.cuda.triton_gemm import store_product
+from arc_ao.ops.cuda.triton_halves import channel_at, decode_tile, word_scale
 from arc_ao.ops.cuda.tuning import Rule, choose
 from arc_ao.ops.layout import from_panels
 from arc_ao.ops.nvfp4_weight_only_gemm import augmented, check_weight_only
@@ -27,7 +28,7 @@ FACTOR = tl.constexpr(2.0**7)  # the weight is decoded times 2^-7
 def multiply(
     x, b, b_scale, b_outer, bias, weight_blocks, y,
     rows, columns, channels, blocks, base_blocks, split_blocks, x_row_stride, x_stride,
-    partial: tl.constexpr, has_bias: tl.constexpr,
+    partial: tl.constexpr, has_bias: tl.constexpr, assembly: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of y, or of the sum over `split_blocks` blocks of K, as `multiply_tiles` does.
@@ -44,25 +45,24 @@ def multiply(
     x_row = x + tl.minimum(m, rows - 1).to(tl.int64)[:, None] * x_row_stride
     b_row = tl.minimum(n, columns - 1).to(tl.int64)[:, None] * blocks
     place = tl.arange(0, 16 * BLOCK_K)
-    # Bit-reversed: where decode_tile puts a block's channels.
-    lane = place % 16
-    lane = ((lane & 1) << 3) | ((lane & 2) << 1) | ((lane & 4) >> 1) | ((lane & 8) >> 3)
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    dtype: tl.constexpr = x.dtype.element_ty
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     end = tl.minimum((split + 1) * split_blocks, blocks)
     for start in range(split * split_blocks, end, BLOCK_K):
         of = start + place // 16
         repeats = (of >= base_blocks) & (of < end)
         source = tl.load(weight_blocks + (of - base_blocks), mask=repeats, other=0)
-        channel = tl.where(of < base_blocks, of, source) * 16 + lane
+        channel = tl.where(of < base_blocks, of, source) * 16 + channel_at(place % 16)
         exists = (of < end) & (channel < channels)
         at = channel.to(tl.int64)[None, :] * x_stride
         left = tl.load(x_row + at, mask=exists[None, :], other=0.0)
         block = start + tl.arange(0, BLOCK_K)
         mask = (block < end)[None, :]
         w = tl.load(b + b_row + block[None, :], mask=mask, other=0)
-        scale = operand_scale(tl.load(b_scale + b_row + block[None, :], mask=mask, other=0))
-        right = decode_tile(w, scale, BLOCK_N, BLOCK_K, x.dtype.element_ty)
-        total = tl.dot(left, tl.trans(right), total)
+        scale = word_scale(tl.load(b_scale + b_row + block[None, :], mask=mask, other=0), dtype)
+        right = decode_tile(w, scale, BLOCK_N, BLOCK_K, dtype, assembly)
+        total = tl.dot(right, tl.trans(left), total)
+    total = tl.trans(total)
     mask = (m < rows)[:, None] & (n < columns)[None, :]
     at = m.to(tl.int64)[:, None] * columns + n[None, :]
     if partial:
@@ -138,7 +138,7 @@ def _in_kernel(
         weight_blocks.contiguous(), out,
         rows, columns, x.shape[1], blocks, blocks - weight_blocks.shape[0],
         split_steps * rule.block_k, *x.stride(),
-        partial=partial, has_bias=bias is not None,
+        partial=partial, has_bias=bias is not None, assembly=x.is_cuda,
         BLOCK_M=rule.block_m, BLOCK_N=rule.block_n, BLOCK_K=rule.block_k,
         num_warps=rule.num_warps, num_stages=rule.num_stages, enable_fp_fusion=True,
     )  # fmt: skip

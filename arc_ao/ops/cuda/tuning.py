@@ -5,7 +5,7 @@ most a quarter above `k`, where these are given) names the route and its tile. t
 serves GPUs without a table of their own; its rules are reasoned, not measured ("measured": null).
 `python benchmarks/gpu_suite.py --tune` measures a table for the GPU at hand.
 
-    row      one row at a time, fp32 multiply-adds, memory-bound
+    row      one or two rows, sums of integers, memory-bound
     tiles    tensor cores on tiles decoded in the kernel
     decode   operands decoded to bf16 once, cuBLAS, epilogue; by chunks of N
 """
@@ -27,7 +27,7 @@ class Rule:
     """One line of a table.
 
     Attributes:
-        route: see above; the tile matters to "row" and "tiles" alone.
+        route: see above; the tile matters to "row" (block_m rows at once) and "tiles" alone.
         max_m: largest M it is for; None is any.
         n, k: out_features and in_features that it is for; None is any.
         block_m, block_n: rows and columns of y in a tile; block_k: 16-channel blocks in a step.
