@@ -27,7 +27,7 @@ Quantize = Callable[[nn.Module, str, str, Batches], tuple[nn.Module, dict[str, A
 def write_batches(path: Path, batches: Batches) -> None:
     """Write tokenizer dicts of tensors."""
     tensors = {
-        f"{i:05d}.{name}": tensor.contiguous()
+        f"{i:05d}.{name}": tensor.clone(memory_format=torch.contiguous_format)
         for i, batch in enumerate(batches)
         for name, tensor in batch.items()
     }
@@ -97,7 +97,7 @@ def run(quantize: Quantize, *packages: str) -> None:
     quantize: (model, recipe, kind, calibration) -> quantized model, facts about it.
     packages: distributions whose versions belong to the facts.
     """
-    args = _parse()
+    args = parse()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     model = load_model(args.model, args.kind)
@@ -113,7 +113,8 @@ def run(quantize: Quantize, *packages: str) -> None:
     args.info.write_text(json.dumps(info), encoding="utf-8")
 
 
-def _parse() -> argparse.Namespace:
+def parse() -> argparse.Namespace:
+    """What run.py hands to a runner."""
     parser = argparse.ArgumentParser()
     for name in ("model", "calibration", "evaluation", "outputs", "info"):
         parser.add_argument(f"--{name}", type=Path, required=True)

@@ -102,7 +102,7 @@ def peer_outputs(
     error = _run([str(part) for part in command], files["log"], timeout)
     for name in ("calibration", "evaluation"):
         files[name].unlink()
-    return PeerResult(None, error) if error else _result(files, len(evaluation))
+    return PeerResult(None, error) if error else result(files, len(evaluation))
 
 
 def _run(command: list[str], log: Path, timeout: float) -> str | None:
@@ -128,7 +128,10 @@ def last_error(log: str) -> str:
     return (named or lines or [""])[-1]
 
 
-def _result(files: dict[str, Path], batches: int) -> PeerResult:
+def result(files: dict[str, Path], batches: int) -> PeerResult:
+    """What a process left that ended well, if it is what was asked for."""
+    if not (files["outputs"].is_file() and files["info"].is_file()):
+        return PeerResult(None, "ended without outputs")
     info = json.loads(files["info"].read_text(encoding="utf-8"))
     outputs = peer_io.read_outputs(files["outputs"])
     files["outputs"].unlink()  # logits are large

@@ -69,7 +69,9 @@ def quantize(
     register_quant_backend(BACKEND, quantize_dequantize)
     model = mtq.quantize(model, preset(recipe), lambda m: [m(**batch) for batch in calibration])
     facts = {"note": NOTE} if through_hook(recipe) else {}
-    return model, facts | cost(model)
+    facts |= cost(model)
+    mtq.fold_weight(model)  # round each weight once, not in every forward
+    return model, facts
 
 
 def cost(model: nn.Module) -> dict[str, float]:
