@@ -4,7 +4,8 @@ Recipes are the package's presets: `max`, `mse` (weights' block scales swept ove
 and `svdquant` (rank 32). Its own NVFP4 kernels want CUDA tensors. `max`, `awq_lite` and `svdquant`
 go through `register_quant_backend`, the package's public hook, to its own NVFP4QTensor, which also
 works on the CPU: same formula, element by element. The sweep of `mse` does not take that hook.
-`max-builtin` is `max` without it.
+`max-builtin` is `max` without it. Linears alone are quantized: the presets' wildcards also match
+the inputs of nn.LayerNorm, which no other row quantizes (that gives `max` 0.0651 on the encoder).
 """
 
 import copy
@@ -50,6 +51,7 @@ def preset(recipe: str) -> dict[str, Any]:
         raise ValueError(f"modelopt: expected one of {', '.join(PRESETS)}, got {recipe!r}")
     config = copy.deepcopy(PRESETS[recipe])
     off = [{"quantizer_name": f"*{name}*", "enable": False} for name in NOT_QUANTIZED]
+    off.append({"parent_class": "nn.LayerNorm", "quantizer_name": "*", "enable": False})
     config["quant_cfg"] = [*config["quant_cfg"], *off]
     if through_hook(recipe):
         for entry in config["quant_cfg"]:
