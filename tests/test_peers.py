@@ -81,13 +81,14 @@ def test_embeddings_are_the_benchmark_s_own():
 
 def test_a_peer_s_outputs_are_handed_back(fake_peer, tmp_path):
     """The runner's process sees the batches and the model, and its logits arrive bit by bit."""
-    model = tiny_llama().bfloat16().eval()
-    model.save_pretrained(tmp_path / "model")
+    tiny_llama().bfloat16().save_pretrained(tmp_path / "model")
     start = f"import sys; sys.path.insert(0, {str(BENCHMARKS / 'peers')!r})\n"
     found = fake_peer(start + "from peer_io import run\n" + DOUBLING + "run(quantize)\n")
     assert found.error is None
     assert found.info["seen"] == [[2, 3], [2, 3]]
     assert found.info["versions"]["torch"] == torch.__version__
+    model = peer_io.load_model(tmp_path / "model", "decoder")
+    assert model.dtype == torch.bfloat16
     for output, batch in zip(found.outputs, batches(5), strict=True):
         with torch.no_grad():
             expected = model(**batch).logits.float() * 2

@@ -5,11 +5,13 @@ model's outputs, which are measured here like our own.
     python benchmarks/peers/run.py --peer llmcompressor --recipe gptq --text wiki.test.tokens
 
 prints the encoder's mean 1 - cosine to fp32 on the lines of benchmarks/accuracy.py, or the peer's
-error. `--recipe none` leaves the model as it is, `--recipe all` runs every recipe of the peer. The
-last line of stdout is one JSON document.
+error. `--recipe none` leaves the model as it is, `--recipe all` runs every recipe of the peer, and
+`--plain` adds our plain NVFP4 with the scales of llmcompressor's `rtn`. The last line of stdout is
+one JSON document.
 """
 
 import argparse
+import copy
 import json
 import os
 import re
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 BENCHMARKS = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(BENCHMARKS))  # scripts, not a package
@@ -142,6 +144,23 @@ def result(files: dict[str, Path], batches: int) -> PeerResult:
     return PeerResult(outputs, None, info)
 
 
+def plain_config(fqns: list[str]) -> Any:
+    """Our plain NVFP4 with llmcompressor's scales in an encoder.
+
+    Activations have a calibrated outer scale, and each linear has a weight outer scale of its own,
+    where linears that share an input would share one: those of one config do, so each name gets
+    its own. (llmcompressor shares it by names that BERT does not have, such as q_proj.)
+    """
+    from torchao.quantization import FqnToConfig
+
+    from arc_ao import NVFP4Config
+
+    names = sorted({fqn.rpartition(".")[2] for fqn in fqns})
+    return FqnToConfig(
+        {rf"re:.*\.{name}": NVFP4Config(activation_scale="static") for name in names}
+    )
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peer", choices=list(PEERS), required=True)
@@ -151,6 +170,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--calibration-lines", type=int, default=64)
     parser.add_argument("--evaluation-lines", type=int, default=128)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--plain", action="store_true", help="our plain NVFP4 as a row, too")
     parser.add_argument("--work", type=Path, default=environments.ENVIRONMENTS / "work")
     args = parser.parse_args(argv)
     known = [*PEERS[args.peer], "all", peer_io.UNQUANTIZED]
@@ -164,6 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     from transformers import AutoModel, AutoTokenizer
 
     args = parse(argv)
+    torch.set_num_threads(args.threads)
     directory = accuracy.model_directory(args.model)
     text = args.text.read_text(encoding="utf-8")
     lines = accuracy.select_lines(text, args.calibration_lines, args.evaluation_lines)
@@ -172,19 +193,42 @@ def main(argv: list[str] | None = None) -> None:
     model = AutoModel.from_pretrained(directory, dtype=torch.float32).eval()
     reference = accuracy.embed(model, evaluation)
     rows: dict[str, dict[str, Any]] = {}
+    if args.plain:
+        linears = [n for n, m in model.named_modules() if accuracy.is_encoder_linear(m, n)]
+        row = _plain_row(model, plain_config(linears), calibration, evaluation, reference)
+        _report(rows, "arc_ao: plain, static, a scale each", row)
     for recipe in PEERS[args.peer] if args.recipe == "all" else [args.recipe]:
         batches = (calibration, evaluation, args.work)
         found = peer_outputs(
             args.peer, recipe, directory, "encoder", *batches, threads=args.threads
         )
-        row: dict[str, Any] = {"error": found.error, **found.info}
+        row = {"error": found.error, **found.info}
         if found.outputs is not None:
             value = torch.cat(found.outputs)
             row["one_minus_cosine"] = accuracy.mean_cosine_distance(reference, value)
-        rows[f"{args.peer}: {recipe}"] = row
-        figure = row.get("one_minus_cosine")
-        print(f"{args.peer}: {recipe}:", found.error if figure is None else f"{figure:.4f}")
+        _report(rows, f"{args.peer}: {recipe}", row)
     print(json.dumps({"benchmark": "peers", **accuracy.run_header(args), "rows": rows}))
+
+
+def _plain_row(
+    model: nn.Module, config: Any, calibration: list, evaluation: list, reference: Tensor
+) -> dict[str, Any]:
+    import accuracy
+
+    from arc_ao import quantize_
+
+    model = copy.deepcopy(model)
+    settings = {"filter_fn": accuracy.is_encoder_linear, "progress": False}
+    summary = quantize_(model, config, calibration_data=calibration, **settings)
+    value = accuracy.embed(model, evaluation)
+    distance = accuracy.mean_cosine_distance(reference, value)
+    return {"bits_per_weight": summary.bits_per_weight, "one_minus_cosine": distance}
+
+
+def _report(rows: dict[str, dict[str, Any]], name: str, row: dict[str, Any]) -> None:
+    rows[name] = row
+    figure = row.get("one_minus_cosine")
+    print(f"{name}:", row["error"] if figure is None else f"{figure:.4f}", flush=True)
 
 
 if __name__ == "__main__":
