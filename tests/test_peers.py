@@ -20,6 +20,8 @@ sys.path.insert(0, str(BENCHMARKS))  # scripts, not a package
 import accuracy  # noqa: E402
 from peers import environments, peer_io, run  # noqa: E402
 
+from arc_ao import quantize_  # noqa: E402
+
 PEER = "llmcompressor"
 DOUBLING = """
 def quantize(model, recipe, kind, calibration):
@@ -169,3 +171,23 @@ def test_every_peer_has_its_runner_and_pins(peer):
     ours = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     torch_pin = next(line for line in ours if line.startswith("torch=="))
     assert torch_pin in pins
+
+
+def test_plain_row_has_a_weight_outer_scale_for_each_linear():
+    """As llmcompressor in an encoder: amax/2688 of each weight, also where an input is shared."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64}
+    model = BertModel(BertConfig(vocab_size=VOCAB_SIZE, num_attention_heads=2, **sizes)).eval()
+    linears = {n: m for n, m in model.named_modules() if accuracy.is_encoder_linear(m, n)}
+    expected = {n: m.weight.detach().abs().amax() / 2688 for n, m in linears.items()}
+    quantize_(
+        model,
+        run.plain_config(list(linears)),
+        calibration_data=batches(5),
+        filter_fn=accuracy.is_encoder_linear,
+        progress=False,
+    )
+    assert len(expected) == 6 and len(set(expected.values())) == 6
+    for name, outer in expected.items():
+        weight = model.get_submodule(name).weight
+        assert weight.activation_scale == "static"
+        torch.testing.assert_close(weight.outer_scale.flatten()[0], outer)
