@@ -86,15 +86,23 @@ class CalibrationSession:
         rows = [r for r in found if r is not None]
         return torch.cat(rows) if rows else None
 
+    def leave(self, names: set[str]) -> None:
+        """Let members go that are not to be quantized."""
+        for member in self.members:
+            if member.name in names:
+                detach(member.module)
+        self.members = [member for member in self.members if member.name not in names]
+
     def detach(self) -> None:
         """Remove every observer and hook."""
         for member in self.members:
             detach(member.module)
 
     def _channel_orders(self) -> tuple[str, ...]:
-        if "channel_order" in self.config.searched or self.config.weighs_layers:
+        config = self.config
+        if "channel_order" in config.searched or config.weighs_layers or config.mixes:
             return ("none", "amax")
-        return (self.config.resolve().channel_order,)
+        return (config.resolve().channel_order,)
 
     def _unique(self, name: str) -> str:
         taken = {member.name for member in self.members}

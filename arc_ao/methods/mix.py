@@ -1,0 +1,264 @@
+"""Which option each layer gets: the least error under both bounds, then the model's output decides.
+
+The knapsack adds up errors over layers, each relative to its layer's output times the layer's
+weight. That is a model of the output's divergence, so that its answer and uniform choices (the same
+variant and the same shares of blocks for all layers that take any) run through the model and the
+best measured one wins. Every candidate is quantized whole before it runs.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from arc_ao.calibration.data import Batch
+from arc_ao.calibration.gram import Gram
+from arc_ao.calibration.session import CalibrationSession
+from arc_ao.config_budget import BudgetConfig
+from arc_ao.eval.divergence import output_divergence
+from arc_ao.inference import evaluation_mode, run_model
+from arc_ao.memory import release_memory
+from arc_ao.methods.choices import Menu, Option, make_menu, quantized, undominated
+from arc_ao.methods.gptq import prepare_rounding
+from arc_ao.methods.knapsack import Item, solve
+from arc_ao.methods.plan import analyse_prepared, group_statistics, plan_member
+from arc_ao.methods.weights import LayerPlan
+from arc_ao.tensor import ARCTensor
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Totals over all linears of a config."""
+
+    bits: float
+    multiply_adds: float
+
+    def hold(self, picks: list[Option]) -> bool:
+        """Whether these options, one of each menu, stay within both."""
+        bits, adds = sum(p.bits for p in picks), sum(p.multiply_adds for p in picks)
+        return bits <= self.bits and adds <= self.multiply_adds
+
+
+@dataclass(frozen=True)
+class Mix:
+    """One option for every menu; `divergence` is inf until it is measured."""
+
+    name: str
+    picks: list[Option]
+    divergence: float = math.inf
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name and divergence."""
+        return {"mix": self.name, "divergence": self.divergence}
+
+
+@dataclass
+class Search:
+    """What a search found, the winner first, for the session's config."""
+
+    menus: list[Menu]
+    mixes: list[Mix]
+    weights: list[float]  # of each menu's errors
+
+    def by_linear(self) -> dict[str, dict[str, Any]]:
+        """Name of each linear -> its choice, its cost and the error of its group."""
+        return {
+            member.name: _described(option) | {"group": menu.members[0].name, "weight": weight}
+            for menu, option, weight in zip(
+                self.menus, self.mixes[0].picks, self.weights, strict=True
+            )
+            for member in menu.members
+        }
+
+    def excluded(self) -> dict[str, str]:
+        """Name of each linear that stays as it is -> why."""
+        reason = "left unquantized by the budget search"
+        found = self.by_linear().items()
+        return {name: reason for name, choice in found if choice["choice"] == "exclude"}
+
+
+def _described(option: Option) -> dict[str, Any]:
+    described = {"choice": option.method, "error": option.error}
+    if option.variant is not None:
+        config = option.variant.config
+        described |= {
+            "act_blocks": option.act_blocks,
+            "weight_blocks": option.weight_blocks,
+            "rank": config.rank,
+            "channel_order": config.channel_order,
+            "four_over_six": config.four_over_six,
+        }
+    return described
+
+
+def limits_of(menus: list[Menu], config: BudgetConfig) -> Limits:
+    """The config's bounds in bits and in multiply-adds per token.
+
+    Raises:
+        ValueError: a bound below what plain NVFP4 itself needs, in bits.
+    """
+    weights = sum(menu.num_weights for menu in menus)
+    limits = Limits(config.extra_bits * weights, config.budget * weights)
+    least = sum(min(option.bits for option in menu.options) for menu in menus)
+    if least > limits.bits:
+        # Outer scales and padding cost plain NVFP4 a little more than 4.5 bits.
+        limits = replace(limits, bits=least)
+    return limits
+
+
+def search_mix(
+    model: nn.Module,
+    session: CalibrationSession,
+    batches: list[Batch | Tensor],
+    *,
+    progress: bool = True,
+) -> Search:
+    """Measure the options of every input of a calibrated session, then mixes of them.
+
+    Args:
+        session: of a BudgetConfig, calibrated, its layer weights measured, not observing.
+        batches: on which the model's output is compared.
+    """
+    config, groups = session.config, session.groups()
+    bar = tqdm(groups, desc="measure choices", disable=not progress, leave=False)
+    menus = [make_menu(session, group, config) for group in bar]
+    limits = limits_of(menus, config)
+    known = session.layer_weights or {}
+    weights = [known.get(menu.members[0].name, 1.0) for menu in menus]
+    mixes = [best_mix(menus, weights, limits), *uniform_mixes(menus, weights, limits)]
+    mixes = [
+        replace(mix, divergence=divergence)
+        for mix, divergence in zip(
+            mixes, _measured(model, session, menus, mixes, batches, progress), strict=True
+        )
+    ]
+    mixes.sort(key=lambda mix: mix.divergence)  # stable: the mix comes first among equals
+    return Search(menus, mixes, weights)
+
+
+def best_mix(menus: list[Menu], weights: list[float], limits: Limits, name: str = "mix") -> Mix:
+    """The options of least weighed error within the limits."""
+    options = [undominated(menu.options) for menu in menus]
+    groups = [
+        [Item(o.error * weight, (o.bits, o.multiply_adds)) for o in found]
+        for found, weight in zip(options, weights, strict=True)
+    ]
+    solution = solve(groups, (limits.bits, limits.multiply_adds))
+    return Mix(name, [found[i] for found, i in zip(options, solution.picks, strict=True)])
+
+
+def uniform_mixes(menus: list[Menu], weights: list[float], limits: Limits) -> list[Mix]:
+    """For every variant the same shares of blocks in all layers, those of least weighed error.
+
+    Variants that some layer lacks, such as a rank that is too large for it, are left out.
+    """
+    tables = [_by_share(menu) for menu in menus]
+    best: dict[str, tuple[float, Mix]] = {}
+    for (variant, act, weight), _ in tables[0].items():
+        picks = [table.get((variant, act, weight)) for table in tables]
+        if any(pick is None for pick in picks) or not limits.hold(picks):
+            continue
+        error = sum(pick.error * w for pick, w in zip(picks, weights, strict=True))
+        if variant not in best or error < best[variant][0]:
+            shares = f"{act} act and {weight} weight blocks"
+            best[variant] = error, Mix(f"uniform {variant}, {shares}", picks)
+    return [mix for _, mix in best.values()]
+
+
+def _by_share(menu: Menu) -> dict[tuple[str, float, float], Option]:
+    """Options by variant and shares of blocks, which are those of `block_counts`."""
+    found = {}
+    for option in menu.options:
+        if option.variant is None:
+            continue
+        config, blocks = option.variant.config, len(option.variant.act_ranking)
+        wide = ", four over six" if config.four_over_six else ""
+        rank = f" {config.rank}" if config.rank else ""
+        name = f"{option.variant.method}{rank}, order {config.channel_order}{wide}"
+        key = name, f"{option.act_blocks / blocks:.3g}", f"{option.weight_blocks / blocks:.3g}"
+        found[key] = option
+    return found
+
+
+def plans_of(session: CalibrationSession, menu: Menu, option: Option) -> dict[str, LayerPlan]:
+    """Plans of the linears of one input under an option that quantizes them."""
+    config = option.variant.config
+    statistics = group_statistics(session, menu.members, config)
+    analysis = analyse_prepared(
+        menu.members, statistics, config, menu.sample, option.variant.prepared
+    )
+    if config.needs_hessian:  # which chooses other scales
+        weights = [replace(weight, scale=None) for weight in analysis.weights]
+        analysis = replace(analysis, weights=weights)
+    return {
+        member.name: plan_member(analysis, i, option.selected, config)
+        for i, member in enumerate(menu.members)
+    }
+
+
+def _tensors(
+    session: CalibrationSession, menu: Menu, option: Option
+) -> list[tuple[nn.Linear, ARCTensor]]:
+    """The linears of one input, quantized as they would be, by the kept rows alone."""
+    if option.variant is None:
+        return []
+    plans = plans_of(session, menu, option)
+    names, rounding = list(plans), None
+    first = plans[names[0]]
+    if first.config.needs_hessian:
+        gram = Gram(first)
+        gram.add(menu.sample)
+        rounding = prepare_rounding(gram.take, first, names)
+    return [
+        (m.module, quantized(m.module.weight.detach(), plans[m.name], rounding).packed())
+        for m in menu.members
+    ]
+
+
+def _measured(
+    model: nn.Module,
+    session: CalibrationSession,
+    menus: list[Menu],
+    mixes: list[Mix],
+    batches: list[Batch | Tensor],
+    progress: bool,
+) -> Iterator[float]:
+    """Mean divergence of the model's output under every mix."""
+    with evaluation_mode(model):
+        references = [run_model(model, batch) for batch in batches]
+        for mix in tqdm(mixes, desc="compare mixes", disable=not progress, leave=False):
+            made = [
+                pair
+                for menu, option in zip(menus, mix.picks, strict=True)
+                for pair in _tensors(session, menu, option)
+            ]
+            with swapped(made):
+                outputs = (run_model(model, batch) for batch in batches)
+                found = [
+                    output_divergence(reference, output, _mask(batch))
+                    for reference, output, batch in zip(references, outputs, batches, strict=True)
+                ]
+            del made
+            release_memory()
+            yield sum(found) / len(found)
+
+
+def _mask(batch: Batch | Tensor) -> Tensor | None:
+    return batch.get("attention_mask") if isinstance(batch, dict) else None
+
+
+@contextmanager
+def swapped(tensors: list[tuple[nn.Linear, ARCTensor]]) -> Iterator[None]:
+    """Inside, the linears have these weights."""
+    originals = [module.weight for module, _ in tensors]
+    try:
+        for module, tensor in tensors:
+            module.weight = nn.Parameter(tensor, requires_grad=False)
+        yield
+    finally:
+        for (module, _), weight in zip(tensors, originals, strict=True):
+            module.weight = weight
