@@ -41,11 +41,11 @@ class BudgetConfig(ARCConfig):
     recipe: Recipe = "balanced"
     layer_weights: LayerWeights | None = "measured"
     extra_bits: float = 0.25
-    methods: tuple[Method, ...] = METHODS
+    methods: list[Method] = dataclasses.field(default_factory=lambda: list(METHODS))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.methods = tuple(self.methods)  # a list, where it comes from JSON
+        self.methods = list(self.methods)  # torchao stores lists
         unknown = [method for method in self.methods if method not in METHODS]
         if unknown:
             raise ValueError(

@@ -38,6 +38,8 @@ class CalibrationSession:
     observing: bool = True  # off while candidates are tried on the same inputs
     analyses: tuple[Any, list[Any]] | None = None  # what was last analysed, and its result
     layer_weights: dict[str, float] | None = None  # group's first member -> worth of its errors
+    mix: Any = None  # methods/mix.py: what each group gets, from its search to its plans
+    choices: dict[str, dict[str, Any]] = field(default_factory=dict)  # the same, to be read
 
     def attach(self, name: str, module: nn.Linear) -> None:
         """Start observing `module`."""

@@ -19,6 +19,7 @@ from arc_ao.calibration.data import Batch
 from arc_ao.calibration.gram import Gram
 from arc_ao.calibration.session import CalibrationSession
 from arc_ao.config_budget import BudgetConfig
+from arc_ao.cost import PLAIN_BITS
 from arc_ao.eval.divergence import output_divergence
 from arc_ao.inference import evaluation_mode, run_model
 from arc_ao.memory import release_memory
@@ -48,6 +49,7 @@ class Mix:
     """One option for every menu; `divergence` is inf until it is measured."""
 
     name: str
+    config: BudgetConfig  # resolved
     picks: list[Option]
     divergence: float = math.inf
 
@@ -67,22 +69,27 @@ class Search:
     def by_linear(self) -> dict[str, dict[str, Any]]:
         """Name of each linear -> its choice, its cost and the error of its group."""
         return {
-            member.name: _described(option) | {"group": menu.members[0].name, "weight": weight}
+            member.name: _described(menu, option) | {"layer_weight": weight}
             for menu, option, weight in zip(
                 self.menus, self.mixes[0].picks, self.weights, strict=True
             )
             for member in menu.members
         }
 
-    def excluded(self) -> dict[str, str]:
-        """Name of each linear that stays as it is -> why."""
-        reason = "left unquantized by the budget search"
-        found = self.by_linear().items()
-        return {name: reason for name, choice in found if choice["choice"] == "exclude"}
+    def plans(self, session: CalibrationSession) -> dict[str, LayerPlan]:
+        """Plans of all linears that are quantized, by name."""
+        found: dict[str, LayerPlan] = {}
+        for menu, option in zip(self.menus, self.mixes[0].picks, strict=True):
+            if option.variant is not None:
+                found |= plans_of(session, menu, option)
+        return found
 
 
-def _described(option: Option) -> dict[str, Any]:
-    described = {"choice": option.method, "error": option.error}
+def _described(menu: Menu, option: Option) -> dict[str, Any]:
+    bits = PLAIN_BITS + option.bits / menu.num_weights
+    shared = [member.name for member in menu.members]
+    described = {"choice": option.method, "bits_per_weight": bits, "error": option.error}
+    described["shared_with"] = shared
     if option.variant is not None:
         config = option.variant.config
         described |= {
@@ -126,10 +133,9 @@ def search_mix(
     config, groups = session.config, session.groups()
     bar = tqdm(groups, desc="measure choices", disable=not progress, leave=False)
     menus = [make_menu(session, group, config) for group in bar]
-    limits = limits_of(menus, config)
     known = session.layer_weights or {}
     weights = [known.get(menu.members[0].name, 1.0) for menu in menus]
-    mixes = [best_mix(menus, weights, limits), *uniform_mixes(menus, weights, limits)]
+    mixes = [best_mix(menus, weights, config), *uniform_mixes(menus, weights, config)]
     mixes = [
         replace(mix, divergence=divergence)
         for mix, divergence in zip(
@@ -140,23 +146,28 @@ def search_mix(
     return Search(menus, mixes, weights)
 
 
-def best_mix(menus: list[Menu], weights: list[float], limits: Limits, name: str = "mix") -> Mix:
+def best_mix(
+    menus: list[Menu], weights: list[float], config: BudgetConfig, name: str = "mix"
+) -> Mix:
     """The options of least weighed error within the limits."""
     options = [undominated(menu.options) for menu in menus]
     groups = [
         [Item(o.error * weight, (o.bits, o.multiply_adds)) for o in found]
         for found, weight in zip(options, weights, strict=True)
     ]
+    limits = limits_of(menus, config)
     solution = solve(groups, (limits.bits, limits.multiply_adds))
-    return Mix(name, [found[i] for found, i in zip(options, solution.picks, strict=True)])
+    return Mix(
+        name, config.resolve(), [found[i] for found, i in zip(options, solution.picks, strict=True)]
+    )
 
 
-def uniform_mixes(menus: list[Menu], weights: list[float], limits: Limits) -> list[Mix]:
+def uniform_mixes(menus: list[Menu], weights: list[float], config: BudgetConfig) -> list[Mix]:
     """For every variant the same shares of blocks in all layers, those of least weighed error.
 
     Variants that some layer lacks, such as a rank that is too large for it, are left out.
     """
-    tables = [_by_share(menu) for menu in menus]
+    tables, limits = [_by_share(menu) for menu in menus], limits_of(menus, config)
     best: dict[str, tuple[float, Mix]] = {}
     for (variant, act, weight), _ in tables[0].items():
         picks = [table.get((variant, act, weight)) for table in tables]
@@ -165,7 +176,7 @@ def uniform_mixes(menus: list[Menu], weights: list[float], limits: Limits) -> li
         error = sum(pick.error * w for pick, w in zip(picks, weights, strict=True))
         if variant not in best or error < best[variant][0]:
             shares = f"{act} act and {weight} weight blocks"
-            best[variant] = error, Mix(f"uniform {variant}, {shares}", picks)
+            best[variant] = error, Mix(f"uniform {variant}, {shares}", config.resolve(), picks)
     return [mix for _, mix in best.values()]
 
 
@@ -191,13 +202,13 @@ def plans_of(session: CalibrationSession, menu: Menu, option: Option) -> dict[st
     analysis = analyse_prepared(
         menu.members, statistics, config, menu.sample, option.variant.prepared
     )
-    if config.needs_hessian:  # which chooses other scales
-        weights = [replace(weight, scale=None) for weight in analysis.weights]
-        analysis = replace(analysis, weights=weights)
-    return {
+    plans = {
         member.name: plan_member(analysis, i, option.selected, config)
         for i, member in enumerate(menu.members)
     }
+    if config.needs_hessian:  # which chooses other scales
+        return {name: replace(plan, scale=None) for name, plan in plans.items()}
+    return plans
 
 
 def _tensors(
