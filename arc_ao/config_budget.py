@@ -51,9 +51,9 @@ class BudgetConfig(ARCConfig):
             raise ValueError(
                 f"BudgetConfig.methods: expected some of {METHODS}, got {unknown[0]!r}"
             )
-        if not (isinstance(self.extra_bits, (int, float)) and 0 <= self.extra_bits <= 12):
+        if not (isinstance(self.extra_bits, (int, float)) and 0 <= self.extra_bits <= 28):
             raise ValueError(
-                "BudgetConfig.extra_bits is bits per weight over NVFP4's 4.5, expected 0 to 12, "
+                "BudgetConfig.extra_bits is bits per weight over NVFP4's 4.5, expected 0 to 28, "
                 f"got {self.extra_bits!r}"
             )
         self._refuse_settled()

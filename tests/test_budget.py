@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import arc_ao
-from arc_ao import BudgetConfig, prepare_arc, quantize_
+from arc_ao import ARCTensor, BudgetConfig, prepare_arc, quantize_
 from arc_ao.summary import EXCLUDED, arc_tensors
 
 TOKENS = torch.randint(VOCAB_SIZE, (4, 32), generator=torch.Generator().manual_seed(0))
@@ -23,7 +23,7 @@ def llama() -> nn.Module:
     model = tiny_llama(num_hidden_layers=1)
     model.model.layers[0].input_layernorm.weight.data[[3, 37]] = 20.0
     model.model.layers[0].mlp.down_proj.weight.data *= 10
-    return model.bfloat16()
+    return model
 
 
 def mixed(**settings) -> tuple[nn.Module, arc_ao.QuantizationSummary]:
@@ -37,7 +37,7 @@ def mixed(**settings) -> tuple[nn.Module, arc_ao.QuantizationSummary]:
     [
         {"extra_bits": 0.0, "budget": 0.05, "methods": ["residual"]},
         {"extra_bits": 2.0, "budget": 0.2, "methods": ["residual", "rank"]},
-        {"extra_bits": 3.0, "budget": 0.1, "methods": ["smooth", "exclude"]},
+        {"extra_bits": 7.0, "budget": 0.1, "methods": ["smooth", "exclude"]},
         {"extra_bits": 1.0, "budget": 0.2, "methods": ["residual"], "rounding": "gptq"},
         {"extra_bits": 1.0, "budget": 0.2, "methods": [], "activation_scale": "static"},
     ],
@@ -90,7 +90,7 @@ def test_the_best_measured_wins_and_every_mix_is_reported():
 def test_mixed_models_load_compile_and_export(rounding, tmp_path):
     """An excluded linear, residuals, branches: bit-equal after loading, compiled, exported."""
     methods = ["residual", "exclude"]
-    model, summary = mixed(extra_bits=4.0, budget=0.5, rounding=rounding, methods=methods)
+    model, summary = mixed(extra_bits=10.0, budget=0.5, rounding=rounding, methods=methods)
     assert {"exclude"} < {choice["choice"] for choice in summary.choices.values()}
     arc_ao.save_pretrained(model, tmp_path / "saved")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto")

@@ -77,7 +77,7 @@ class _Table:
                     self.costs[c, g, i] = 0.0 if over or limit == 0 else cost / limit
         self.usable = self.errors.isfinite()
         self._refuse_impossible(groups, limits)
-        self.scale = self.errors.where(self.usable, 0.0).amax(1).sum().item() or 1.0
+        self.scale = max(self.errors.where(self.usable, 0.0).amax(1).sum().item(), 1e-200)
 
     def _refuse_impossible(self, groups: Sequence[Sequence[Item]], limits: Sequence[float]) -> None:
         for c, limit in enumerate(limits):
