@@ -1,9 +1,10 @@
 """Which option each layer gets: the least error under both bounds, then the model's output decides.
 
 The knapsack adds up errors over layers, each relative to its layer's output times the layer's
-weight. That is a model of the output's divergence, so that its answer and uniform choices (the same
-variant and the same shares of blocks for all layers that take any) run through the model and the
-best measured one wins. Every candidate is quantized whole before it runs.
+weight, once as measured (methods/sensitivity.py, a square root) and once squared. That is a model
+of the output's divergence, so that its answers and uniform choices (the same variant and the same
+shares of blocks for all layers) run through the model and the best measured one wins. Every
+candidate is quantized whole before it runs.
 """
 
 import math
@@ -29,6 +30,8 @@ from arc_ao.methods.knapsack import Item, solve
 from arc_ao.methods.plan import analyse_prepared, group_statistics, plan_member
 from arc_ao.methods.weights import LayerPlan
 from arc_ao.tensor import ARCTensor
+
+UNIFORM_TRIED = 4
 
 
 @dataclass(frozen=True)
@@ -86,10 +89,13 @@ class Search:
 
 
 def _described(menu: Menu, option: Option) -> dict[str, Any]:
-    bits = PLAIN_BITS + option.bits / menu.num_weights
-    shared = [member.name for member in menu.members]
-    described = {"choice": option.method, "bits_per_weight": bits, "error": option.error}
-    described["shared_with"] = shared
+    described = {
+        "choice": option.method,
+        "bits_per_weight": PLAIN_BITS + option.bits / menu.num_weights,
+        "extra_multiply_adds": option.multiply_adds / menu.num_weights,
+        "error": option.error,
+        "shared_by": [member.name for member in menu.members],
+    }
     if option.variant is not None:
         config = option.variant.config
         described |= {
@@ -135,7 +141,12 @@ def search_mix(
     menus = [make_menu(session, group, config) for group in bar]
     known = session.layer_weights or {}
     weights = [known.get(menu.members[0].name, 1.0) for menu in menus]
-    mixes = [best_mix(menus, weights, config), *uniform_mixes(menus, weights, config)]
+    squares = [weight * weight for weight in weights]
+    mixes = [
+        best_mix(menus, weights, config),
+        best_mix(menus, squares, config, "mix, squared weights"),
+        *uniform_mixes(menus, weights, config),
+    ]
     mixes = [
         replace(mix, divergence=divergence)
         for mix, divergence in zip(
@@ -165,7 +176,8 @@ def best_mix(
 def uniform_mixes(menus: list[Menu], weights: list[float], config: BudgetConfig) -> list[Mix]:
     """For every variant the same shares of blocks in all layers, those of least weighed error.
 
-    Variants that some layer lacks, such as a rank that is too large for it, are left out.
+    The best of them by that error, UNIFORM_TRIED at most. Variants that some layer lacks, such as a
+    rank that is too large for it, are left out.
     """
     tables, limits = [_by_share(menu) for menu in menus], limits_of(menus, config)
     best: dict[str, tuple[float, Mix]] = {}
@@ -177,7 +189,8 @@ def uniform_mixes(menus: list[Menu], weights: list[float], config: BudgetConfig)
         if variant not in best or error < best[variant][0]:
             shares = f"{act} act and {weight} weight blocks"
             best[variant] = error, Mix(f"uniform {variant}, {shares}", config.resolve(), picks)
-    return [mix for _, mix in best.values()]
+    ranked = sorted(best.values(), key=lambda found: found[0])
+    return [mix for _, mix in ranked[:UNIFORM_TRIED]]
 
 
 def _by_share(menu: Menu) -> dict[tuple[str, float, float], Option]:
