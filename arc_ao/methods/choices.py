@@ -94,8 +94,18 @@ class Menu:
 
 @torch.no_grad()
 def make_menu(session: CalibrationSession, group: list[Member], config: BudgetConfig) -> Menu:
-    """Measure every option of the linears of one input of a calibrated session."""
-    menu = Menu(group, session.sample_of(group))
+    """Measure every option of the linears of one input of a calibrated session.
+
+    Raises:
+        ValueError: no calibration token reached them, naming the first.
+    """
+    sample = session.sample_of(group)
+    if sample is None:
+        raise ValueError(
+            f"{group[0].name}: expected calibration tokens, found none; run data that reaches the "
+            "layer, or exclude it"
+        )
+    menu = Menu(group, sample)
     for method, analysis, variants in _analyses(session, menu, config):
         measure = _Measure(menu, analysis, config)
         weight_errors = measure.weight_errors(variants[0])
