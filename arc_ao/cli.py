@@ -173,6 +173,8 @@ def _quantize(args: argparse.Namespace) -> None:
     batches = text_batches(tokenizer, text, window=window, max_tokens=args.calib_tokens)
     summary = quantize_(model, config, calibration_data=batches, work_dir=args.resume)
     save_pretrained(model, args.output, tokenizer)
+    if summary.choices:
+        print(summary.describe_choices())
     print(summary)
     print(f"wrote {args.output}")
 

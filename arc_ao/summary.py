@@ -51,6 +51,21 @@ class QuantizationSummary:
         """Plain JSON-serialisable dictionary."""
         return asdict(self)
 
+    def describe_choices(self) -> str:
+        """One line for each linear of a BudgetConfig: its choice, bits per weight and error."""
+        lines = []
+        for name, choice in self.choices.items():
+            numbers = {
+                "act blocks": choice.get("act_blocks"),
+                "weight blocks": choice.get("weight_blocks"),
+                "rank": choice.get("rank"),
+            }
+            kept = ", ".join(f"{value} {label}" for label, value in numbers.items() if value)
+            what = f"{choice['choice']}{f' ({kept})' if kept else ''}"
+            bits, error = choice["bits_per_weight"], choice["error"]
+            lines.append(f"{name}: {what}, {bits:.2f} bits per weight, error {error:.2e}")
+        return "\n".join(lines)
+
     def __str__(self) -> str:
         return (
             f"{len(self.layers)} linears quantized, {len(self.skipped)} left alone; "

@@ -6,12 +6,14 @@ both quantizers are independent, so that their sum is measured by its parts, on 
 
     error(a, w) = |(Q_a(x) - x) W^T|^2 + |x (Q_w(W) - W)^T|^2      each over |x W^T|^2
 
-summed over the linears. With rounding "gptq", Q_w(W) is rounded by the other kept rows, so that no
-row judges what it has fitted.
+summed over the linears. Some of them may stay unquantized, which leaves no error and takes their
+share of the residuals' multiply-adds away. With rounding "gptq", Q_w(W) is rounded by the other kept
+rows, so that no row judges what it has fitted.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -39,6 +41,8 @@ from arc_ao.tensor import ARCTensor
 MEASURED_ROWS = 512  # input rows, and output rows of each linear, that errors are measured on
 MEASURED_EVERY = 4  # of the kept rows; GPTQ is fitted to the others
 LEAST_SHARE = 6  # shares of blocks down to 2^-6
+MOST_SUBSETS = 3  # linears of one input of which every subset may stay unquantized
+Errors = dict[int, list[float]]  # number of residual blocks -> relative error of each linear
 
 
 @dataclass(frozen=True)
@@ -54,19 +58,19 @@ class Variant:
 
 @dataclass(frozen=True)
 class Option:
-    """One way to quantize the linears of an input; without a variant they stay as they are."""
+    """One way to quantize the linears of an input, or all but those `left` as they are."""
 
     error: float
     bits: int  # over plain NVFP4's 4.5 a weight, of all the linears
     multiply_adds: int  # per token over the plain products
-    variant: Variant | None = None
+    variant: Variant | None = None  # None where all are left
     act_blocks: int = 0
     weight_blocks: int = 0
+    left: frozenset[int] = frozenset()  # indices of linears
 
-    @property
-    def method(self) -> str:
-        """Name of the choice."""
-        if self.variant is None:
+    def method(self, member: int) -> str:
+        """Name of the choice for one of the linears."""
+        if member in self.left:
             return "exclude"
         bare = self.variant.method == "residual" and not self.act_blocks + self.weight_blocks
         return "plain" if bare else self.variant.method
@@ -91,6 +95,11 @@ class Menu:
         """Weights of all the linears."""
         return sum(member.module.weight.numel() for member in self.members)
 
+    def left_bits(self, left: frozenset[int]) -> int:
+        """Bits over plain NVFP4's of linears that stay as they are."""
+        weights = [self.members[i].module.weight for i in left]
+        return round(sum(8 * w.nbytes - PLAIN_BITS * w.numel() for w in weights))
+
 
 @torch.no_grad()
 def make_menu(session: CalibrationSession, group: list[Member], config: BudgetConfig) -> Menu:
@@ -113,12 +122,20 @@ def make_menu(session: CalibrationSession, group: list[Member], config: BudgetCo
             ranking = analysis.scores.rankings()
             variant = Variant(method, variant_config, analysis.prepared, *ranking)
             act_errors = measure.act_errors(variant_config)
-            menu.options += _grid(menu, variant, act_errors, weight_errors)
+            for left in _subsets(len(group)) if "exclude" in config.methods else [frozenset()]:
+                menu.options += _grid(menu, variant, act_errors, weight_errors, left)
         release_memory()
     if "exclude" in config.methods:
-        kept = sum(8 * member.module.weight.nbytes for member in group)
-        menu.options.append(Option(0.0, round(kept - PLAIN_BITS * menu.num_weights), 0))
+        everything = frozenset(range(len(group)))
+        menu.options.append(Option(0.0, menu.left_bits(everything), 0, left=everything))
     return menu
+
+
+def _subsets(count: int) -> Iterator[frozenset[int]]:
+    """What may stay unquantized beside others that do not: nothing first."""
+    most = count - 1 if count <= MOST_SUBSETS else 1
+    for size in range(most + 1):
+        yield from map(frozenset, combinations(range(count), size))
 
 
 def _analyses(
@@ -145,11 +162,16 @@ def _analyses(
 
 
 def _grid(
-    menu: Menu, variant: Variant, act_errors: dict[int, float], weight_errors: dict[int, float]
+    menu: Menu,
+    variant: Variant,
+    act_errors: Errors,
+    weight_errors: Errors,
+    left: frozenset[int],
 ) -> list[Option]:
     """Every number of activation blocks with every number of weight blocks."""
-    shapes = [tuple(member.module.weight.shape) for member in menu.members]
-    config, options = variant.config, []
+    kept = [i for i in range(len(menu.members)) if i not in left]
+    shapes = [tuple(menu.members[i].module.weight.shape) for i in kept]
+    config, options, left_bits = variant.config, [], menu.left_bits(left)
     for act_blocks, act_error in act_errors.items():
         for weight_blocks, weight_error in weight_errors.items():
             bits, adds = planned_cost(
@@ -161,8 +183,9 @@ def _grid(
                 scaled=config.smooth != "none",
                 static=config.activation_scale == "static",
             )
-            error = act_error + weight_error
-            options.append(Option(error, bits, adds, variant, act_blocks, weight_blocks))
+            error = sum(act_error[i] + weight_error[i] for i in kept)
+            cost = bits + left_bits, adds
+            options.append(Option(error, *cost, variant, act_blocks, weight_blocks, left))
     return options
 
 
@@ -197,8 +220,8 @@ class _Measure:
         blocks = -(-self.x.shape[1] // BLOCK_SIZE)
         return block_counts(blocks, per_octave) if self.residuals else [0]
 
-    def act_errors(self, config: ARCConfig) -> dict[int, float]:
-        """Number of activation blocks -> relative error with exact weights."""
+    def act_errors(self, config: ARCConfig) -> Errors:
+        """By number of activation blocks, with exact weights."""
         prepared, order = self.analysis.prepared, self.analysis.order
         parts = [
             prepared.residual(member.module.weight.detach(), rows, i) / energy.sqrt()
@@ -209,19 +232,21 @@ class _Measure:
         weight = in_order(torch.cat(parts), order)  # [rows, K16]
         exact = in_order(prepared.transform_input(self.x), order)
         ranking, errors = self.analysis.scores.rankings()[0], {}
+        sizes = [part.shape[0] for part in parts]
         for count in self._counts(2):
             plan = plan_member(self.analysis, 0, Selected(sorted(ranking[:count])), config)
             difference = (effective_input(self.x, plan) - exact) @ weight.t()
-            errors[count] = difference.square().sum().item()
+            by_row = difference.square().sum(0).split(sizes)
+            errors[count] = [rows.sum().item() for rows in by_row]
         return errors
 
-    def weight_errors(self, config: ARCConfig) -> dict[int, float]:
-        """Number of weight blocks -> relative error with exact inputs."""
+    def weight_errors(self, config: ARCConfig) -> Errors:
+        """By number of weight blocks, with exact inputs."""
         ranking, errors = self.analysis.scores.rankings()[1], {}
         gram = self._gram(config) if config.needs_hessian else None
         for count in self._counts(1):
             selected = Selected(weight_blocks=sorted(ranking[:count]))
-            errors[count] = self._weight_error(selected, config, gram)
+            errors[count] = self._weight_errors(selected, config, gram)
         return errors
 
     def _gram(self, config: ARCConfig) -> Tensor:
@@ -229,8 +254,10 @@ class _Measure:
         gram.add(self.fitted)
         return gram.take()
 
-    def _weight_error(self, selected: Selected, config: ARCConfig, gram: Tensor | None) -> float:
-        rounding, total = None, 0.0
+    def _weight_errors(
+        self, selected: Selected, config: ARCConfig, gram: Tensor | None
+    ) -> list[float]:
+        rounding, found = None, []
         names = [member.name for member in self.menu.members]
         for i, (weight, rows) in enumerate(zip(self.weights, self.rows, strict=True)):
             plan = plan_member(self.analysis, i, selected, config)
@@ -239,8 +266,8 @@ class _Measure:
             tensor = quantized(weight, rows_of(plan, rows), rounding)
             difference = weight.float() - tensor.dequantize(torch.float32)
             error = (self.x.float() @ difference.t()).square().sum()
-            total += (error / self.energies[i]).item()
-        return total
+            found.append((error / self.energies[i]).item())
+        return found
 
 
 def rows_of(plan: LayerPlan, rows: slice) -> LayerPlan:
@@ -265,10 +292,9 @@ def undominated(options: list[Option]) -> list[Option]:
     values = torch.tensor(
         [(o.error, o.bits, o.multiply_adds) for o in options], dtype=torch.float64
     )
-    kept = []
-    for i, value in enumerate(values):
-        no_worse = (values <= value).all(1)
-        same = (values == value).all(1)
-        if not (no_worse & ~same).any() and not same[:i].any():
-            kept.append(options[i])
-    return kept
+    order = sorted(range(len(options)), key=lambda i: (*values[i].tolist(), i))
+    kept: list[int] = []
+    for i in order:  # by rising error: only those before can be better
+        if not (values[kept] <= values[i]).all(1).any():
+            kept.append(i)
+    return [options[i] for i in sorted(kept)]

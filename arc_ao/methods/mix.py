@@ -72,11 +72,11 @@ class Search:
     def by_linear(self) -> dict[str, dict[str, Any]]:
         """Name of each linear -> its choice, its cost and the error of its group."""
         return {
-            member.name: _described(menu, option) | {"layer_weight": weight}
+            member.name: _described(menu, option, i) | {"layer_weight": weight}
             for menu, option, weight in zip(
                 self.menus, self.mixes[0].picks, self.weights, strict=True
             )
-            for member in menu.members
+            for i, member in enumerate(menu.members)
         }
 
     def plans(self, session: CalibrationSession) -> dict[str, LayerPlan]:
@@ -88,15 +88,15 @@ class Search:
         return found
 
 
-def _described(menu: Menu, option: Option) -> dict[str, Any]:
+def _described(menu: Menu, option: Option, member: int) -> dict[str, Any]:
     described = {
-        "choice": option.method,
+        "choice": option.method(member),
         "bits_per_weight": PLAIN_BITS + option.bits / menu.num_weights,
         "extra_multiply_adds": option.multiply_adds / menu.num_weights,
         "error": option.error,
         "shared_by": [member.name for member in menu.members],
     }
-    if option.variant is not None:
+    if member not in option.left:
         config = option.variant.config
         described |= {
             "act_blocks": option.act_blocks,
@@ -197,7 +197,7 @@ def _by_share(menu: Menu) -> dict[tuple[str, float, float], Option]:
     """Options by variant and shares of blocks, which are those of `block_counts`."""
     found = {}
     for option in menu.options:
-        if option.variant is None:
+        if option.left:
             continue
         config, blocks = option.variant.config, len(option.variant.act_ranking)
         wide = ", four over six" if config.four_over_six else ""
@@ -209,7 +209,7 @@ def _by_share(menu: Menu) -> dict[tuple[str, float, float], Option]:
 
 
 def plans_of(session: CalibrationSession, menu: Menu, option: Option) -> dict[str, LayerPlan]:
-    """Plans of the linears of one input under an option that quantizes them."""
+    """Plans of the linears of one input that an option quantizes."""
     config = option.variant.config
     statistics = group_statistics(session, menu.members, config)
     analysis = analyse_prepared(
@@ -218,6 +218,7 @@ def plans_of(session: CalibrationSession, menu: Menu, option: Option) -> dict[st
     plans = {
         member.name: plan_member(analysis, i, option.selected, config)
         for i, member in enumerate(menu.members)
+        if i not in option.left
     }
     if config.needs_hessian:  # which chooses other scales
         return {name: replace(plan, scale=None) for name, plan in plans.items()}
@@ -240,6 +241,7 @@ def _tensors(
     return [
         (m.module, quantized(m.module.weight.detach(), plans[m.name], rounding).packed())
         for m in menu.members
+        if m.name in plans
     ]
 
 
