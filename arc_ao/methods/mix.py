@@ -24,7 +24,8 @@ from arc_ao.cost import PLAIN_BITS
 from arc_ao.eval.divergence import output_divergence
 from arc_ao.inference import evaluation_mode, run_model
 from arc_ao.memory import release_memory
-from arc_ao.methods.choices import Menu, Option, make_menu, quantized, undominated
+from arc_ao.methods.choice_errors import quantized
+from arc_ao.methods.choices import Menu, Option, make_menu, undominated
 from arc_ao.methods.gptq import prepare_rounding
 from arc_ao.methods.knapsack import Item, solve
 from arc_ao.methods.plan import analyse_prepared, group_statistics, plan_member
