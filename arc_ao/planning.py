@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from arc_ao.calibration.data import Batch
 from arc_ao.calibration.session import CalibrationSession
 from arc_ao.config import ARCConfig
-from arc_ao.methods.mix import Mix, search_mix
+from arc_ao.methods.mix import COMPARED_TOKENS, Mix, search_mix
 from arc_ao.methods.plan import analyse_session, make_plans
 from arc_ao.methods.recipe import Trial, search_batches, search_recipe
 from arc_ao.methods.sensitivity import measure_layer_weights
@@ -33,7 +33,9 @@ def measure_session(
     if config.weighs_layers:
         session.layer_weights = measure_layer_weights(model, session, some, progress=progress)
     if config.mixes:
-        session.mix = search_mix(model, session, some, progress=progress)
+        session.mix = search_mix(
+            model, session, search_batches(batches, COMPARED_TOKENS), progress=progress
+        )
         return session.mix.mixes
     if config.searched:
         return search_recipe(model, session, batches, progress=progress)

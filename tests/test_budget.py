@@ -111,6 +111,22 @@ def test_mixed_models_load_compile_and_export(rounding, tmp_path):
     assert torch.equal(exported, expected)
 
 
+@pytest.mark.parametrize("scale", ["token", "static"])
+def test_padding_and_outer_scales_are_in_the_plan(scale):
+    """in_features that fill no blocks: planned bits and multiply-adds are those that come out."""
+    module = nn.Sequential(nn.Linear(40, 48), nn.ReLU(), nn.Linear(48, 24))
+    data = [torch.randn(64, 40, generator=torch.Generator().manual_seed(0))]
+    config = BudgetConfig(extra_bits=6.0, budget=0.6, pad_in_features=True, activation_scale=scale)
+    summary = quantize_(module, config, calibration_data=data, progress=False)
+    sizes = {"0": 40 * 48, "2": 48 * 24}
+    for key, found in (
+        ("bits_per_weight", 4.5 + summary.extra_bits),
+        ("extra_multiply_adds", summary.extra_multiply_adds),
+    ):
+        planned = sum(choice[key] * sizes[name] for name, choice in summary.choices.items())
+        assert abs(planned / sum(sizes.values()) - found) < 1e-9
+
+
 def test_interrupted_work_is_taken_over(tmp_path):
     """The same call on the folder of a finished one gives the same bits, excluded layers too."""
     config = BudgetConfig(

@@ -32,6 +32,7 @@ from arc_ao.methods.plan import analyse_prepared, group_statistics, plan_member
 from arc_ao.methods.weights import LayerPlan
 from arc_ao.tensor import ARCTensor
 
+COMPARED_TOKENS = 8192  # on which mixes are compared; twice those of the recipe search
 UNIFORM_TRIED = 4
 
 
@@ -256,22 +257,21 @@ def _measured(
 ) -> Iterator[float]:
     """Mean divergence of the model's output under every mix."""
     with evaluation_mode(model):
-        references = [run_model(model, batch) for batch in batches]
         for mix in tqdm(mixes, desc="compare mixes", disable=not progress, leave=False):
             made = [
                 pair
                 for menu, option in zip(menus, mix.picks, strict=True)
                 for pair in _tensors(session, menu, option)
             ]
-            with swapped(made):
-                outputs = (run_model(model, batch) for batch in batches)
-                found = [
-                    output_divergence(reference, output, _mask(batch))
-                    for reference, output, batch in zip(references, outputs, batches, strict=True)
-                ]
+            total = 0.0
+            for batch in batches:
+                reference = run_model(model, batch)  # anew: logits of all batches would not fit
+                with swapped(made):
+                    output = run_model(model, batch)
+                total += output_divergence(reference, output, _mask(batch))
+                release_memory()
             del made
-            release_memory()
-            yield sum(found) / len(found)
+            yield total / len(batches)
 
 
 def _mask(batch: Batch | Tensor) -> Tensor | None:
