@@ -144,11 +144,13 @@ def search_mix(
     known = session.layer_weights or {}
     weights = [known.get(menu.members[0].name, 1.0) for menu in menus]
     squares = [weight * weight for weight in weights]
-    mixes = [
-        best_mix(menus, weights, config),
-        best_mix(menus, squares, config, "mix, squared weights"),
-        *uniform_mixes(menus, weights, config),
-    ]
+    mixes = _distinct(
+        [
+            best_mix(menus, weights, config),
+            best_mix(menus, squares, config, "mix, squared weights"),
+            *uniform_mixes(menus, weights, config),
+        ]
+    )
     mixes = [
         replace(mix, divergence=divergence)
         for mix, divergence in zip(
@@ -157,6 +159,14 @@ def search_mix(
     ]
     mixes.sort(key=lambda mix: mix.divergence)  # stable: the mix comes first among equals
     return Search(menus, mixes, weights)
+
+
+def _distinct(mixes: list[Mix]) -> list[Mix]:
+    """Without those that pick what an earlier one picks."""
+    found: dict[tuple[int, ...], Mix] = {}
+    for mix in mixes:
+        found.setdefault(tuple(map(id, mix.picks)), mix)
+    return list(found.values())
 
 
 def best_mix(
