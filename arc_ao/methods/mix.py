@@ -8,8 +8,6 @@ candidate is quantized whole before it runs.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,20 +15,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from arc_ao.calibration.data import Batch
-from arc_ao.calibration.gram import Gram
 from arc_ao.calibration.session import CalibrationSession
 from arc_ao.config_budget import BudgetConfig
 from arc_ao.cost import PLAIN_BITS
-from arc_ao.eval.divergence import output_divergence
-from arc_ao.inference import evaluation_mode, run_model
-from arc_ao.memory import release_memory
-from arc_ao.methods.choice_errors import quantized
 from arc_ao.methods.choices import Menu, Option, make_menu, undominated
-from arc_ao.methods.gptq import prepare_rounding
+from arc_ao.methods.compare_mixes import divergences, plans_of
 from arc_ao.methods.knapsack import Item, solve
-from arc_ao.methods.plan import analyse_prepared, group_statistics, plan_member
 from arc_ao.methods.weights import LayerPlan
-from arc_ao.tensor import ARCTensor
 
 COMPARED_TOKENS = 8192  # on which mixes are compared; twice those of the recipe search
 UNIFORM_TRIED = 4
@@ -91,38 +82,39 @@ class Search:
 
 
 def _described(menu: Menu, option: Option, member: int) -> dict[str, Any]:
+    """What one linear gets; what the quantized ones of an input cost is spread evenly over them."""
+    weight = menu.members[member].module.weight
     described = {
         "choice": option.method(member),
-        "bits_per_weight": PLAIN_BITS + option.bits / menu.num_weights,
-        "extra_multiply_adds": option.multiply_adds / menu.num_weights,
         "error": option.error,
         "shared_by": [member.name for member in menu.members],
     }
-    if member not in option.left:
-        config = option.variant.config
-        described |= {
-            "act_blocks": option.act_blocks,
-            "weight_blocks": option.weight_blocks,
-            "rank": config.rank,
-            "channel_order": config.channel_order,
-            "four_over_six": config.four_over_six,
-        }
-    return described
+    if member in option.left:
+        cost = {"bits_per_weight": 8 * weight.element_size(), "extra_multiply_adds": 0.0}
+        return described | cost
+    left = sum(menu.members[i].module.weight.numel() for i in option.left)
+    quantized = menu.num_weights - left
+    bits = option.bits - menu.left_bits(option.left)
+    config = option.variant.config
+    return described | {
+        "bits_per_weight": PLAIN_BITS + bits / quantized,
+        "extra_multiply_adds": option.multiply_adds / quantized,
+        "act_blocks": option.act_blocks,
+        "weight_blocks": option.weight_blocks,
+        "rank": config.rank,
+        "channel_order": config.channel_order,
+        "four_over_six": config.four_over_six,
+    }
 
 
 def limits_of(menus: list[Menu], config: BudgetConfig) -> Limits:
     """The config's bounds in bits and in multiply-adds per token.
 
-    Raises:
-        ValueError: a bound below what plain NVFP4 itself needs, in bits.
+    Outer scales and padding cost plain NVFP4 a little more than 4.5 bits; that much is granted.
     """
     weights = sum(menu.num_weights for menu in menus)
-    limits = Limits(config.extra_bits * weights, config.budget * weights)
     least = sum(min(option.bits for option in menu.options) for menu in menus)
-    if least > limits.bits:
-        # Outer scales and padding cost plain NVFP4 a little more than 4.5 bits.
-        limits = replace(limits, bits=least)
-    return limits
+    return Limits(max(config.extra_bits * weights, least), config.budget * weights)
 
 
 def search_mix(
@@ -151,12 +143,9 @@ def search_mix(
             *uniform_mixes(menus, weights, config),
         ]
     )
-    mixes = [
-        replace(mix, divergence=divergence)
-        for mix, divergence in zip(
-            mixes, _measured(model, session, menus, mixes, batches, progress), strict=True
-        )
-    ]
+    picks = [mix.picks for mix in mixes]
+    measured = divergences(model, session, menus, picks, batches, progress=progress)
+    mixes = [replace(mix, divergence=d) for mix, d in zip(mixes, measured, strict=True)]
     mixes.sort(key=lambda mix: mix.divergence)  # stable: the mix comes first among equals
     return Search(menus, mixes, weights)
 
@@ -218,84 +207,3 @@ def _by_share(menu: Menu) -> dict[tuple[str, float, float], Option]:
         key = name, f"{option.act_blocks / blocks:.3g}", f"{option.weight_blocks / blocks:.3g}"
         found[key] = option
     return found
-
-
-def plans_of(session: CalibrationSession, menu: Menu, option: Option) -> dict[str, LayerPlan]:
-    """Plans of the linears of one input that an option quantizes."""
-    config = option.variant.config
-    statistics = group_statistics(session, menu.members, config)
-    analysis = analyse_prepared(
-        menu.members, statistics, config, menu.sample, option.variant.prepared
-    )
-    plans = {
-        member.name: plan_member(analysis, i, option.selected, config)
-        for i, member in enumerate(menu.members)
-        if i not in option.left
-    }
-    if config.needs_hessian:  # which chooses other scales
-        return {name: replace(plan, scale=None) for name, plan in plans.items()}
-    return plans
-
-
-def _tensors(
-    session: CalibrationSession, menu: Menu, option: Option
-) -> list[tuple[nn.Linear, ARCTensor]]:
-    """The linears of one input, quantized as they would be, by the kept rows alone."""
-    if option.variant is None:
-        return []
-    plans = plans_of(session, menu, option)
-    names, rounding = list(plans), None
-    first = plans[names[0]]
-    if first.config.needs_hessian:
-        gram = Gram(first)
-        gram.add(menu.sample)
-        rounding = prepare_rounding(gram.take, first, names)
-    return [
-        (m.module, quantized(m.module.weight.detach(), plans[m.name], rounding).packed())
-        for m in menu.members
-        if m.name in plans
-    ]
-
-
-def _measured(
-    model: nn.Module,
-    session: CalibrationSession,
-    menus: list[Menu],
-    mixes: list[Mix],
-    batches: list[Batch | Tensor],
-    progress: bool,
-) -> Iterator[float]:
-    """Mean divergence of the model's output under every mix."""
-    with evaluation_mode(model):
-        for mix in tqdm(mixes, desc="compare mixes", disable=not progress, leave=False):
-            made = [
-                pair
-                for menu, option in zip(menus, mix.picks, strict=True)
-                for pair in _tensors(session, menu, option)
-            ]
-            total = 0.0
-            for batch in batches:
-                reference = run_model(model, batch)  # anew: logits of all batches would not fit
-                with swapped(made):
-                    output = run_model(model, batch)
-                total += output_divergence(reference, output, _mask(batch))
-                release_memory()
-            del made
-            yield total / len(batches)
-
-
-def _mask(batch: Batch | Tensor) -> Tensor | None:
-    return batch.get("attention_mask") if isinstance(batch, dict) else None
-
-
-@contextmanager
-def swapped(tensors: list[tuple[nn.Linear, ARCTensor]]) -> Iterator[None]:
-    """Inside, the linears have these weights."""
-    originals = [module.weight for module, _ in tensors]
-    try:
-        for module, tensor in tensors:
-            module.weight = nn.Parameter(tensor, requires_grad=False)
-        yield
-    finally:
-        for (module, _), weight in zip(tensors, originals, strict=True):
-            module.weight = weight
