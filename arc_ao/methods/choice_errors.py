@@ -65,8 +65,8 @@ class GroupErrors:
         blocks = -(-self.x.shape[1] // BLOCK_SIZE)
         return block_counts(blocks, per_octave) if self.residuals else [0]
 
-    def act_errors(self, config: ARCConfig) -> Errors:
-        """By number of activation blocks, with exact weights."""
+    def act_errors(self, config: ARCConfig, *, bare: bool = False) -> Errors:
+        """By number of activation blocks, with exact weights; `bare` measures none of them."""
         prepared, order = self.analysis.prepared, self.analysis.order
         parts = [
             prepared.residual(member.module.weight.detach(), rows, i) / energy.sqrt()
@@ -78,18 +78,18 @@ class GroupErrors:
         exact = in_order(prepared.transform_input(self.x), order)
         ranking, errors = self.analysis.scores.rankings()[0], {}
         sizes = [part.shape[0] for part in parts]
-        for count in self._counts(2):
+        for count in [0] if bare else self._counts(2):
             plan = plan_member(self.analysis, 0, Selected(sorted(ranking[:count])), config)
             difference = (effective_input(self.x, plan) - exact) @ weight.t()
             by_row = difference.square().sum(0).split(sizes)
             errors[count] = [rows.sum().item() for rows in by_row]
         return errors
 
-    def weight_errors(self, config: ARCConfig) -> Errors:
-        """By number of weight blocks, with exact inputs."""
+    def weight_errors(self, config: ARCConfig, *, bare: bool = False) -> Errors:
+        """By number of weight blocks, with exact inputs; `bare` measures none of them."""
         ranking, errors = self.analysis.scores.rankings()[1], {}
         gram = self._gram(config) if config.needs_hessian else None
-        for count in self._counts(1):
+        for count in [0] if bare else self._counts(1):
             selected = Selected(weight_blocks=sorted(ranking[:count]))
             errors[count] = self._weight_errors(selected, config, gram)
         return errors

@@ -98,10 +98,11 @@ def make_menu(session: CalibrationSession, group: list[Member], config: BudgetCo
     menu = Menu(group, sample)
     for method, analysis, variants in _analyses(session, menu, config):
         measure = GroupErrors(group, menu.sample, analysis, "residual" in config.methods)
+        if method != "residual" and _is_beaten(menu, method, analysis, variants[-1], measure):
+            continue
         weight_errors = measure.weight_errors(variants[0])
         for variant_config in variants:
-            ranking = analysis.scores.rankings()
-            variant = Variant(method, variant_config, analysis.prepared, *ranking)
+            variant = _variant(method, variant_config, analysis)
             act_errors = measure.act_errors(variant_config)
             for left in _subsets(len(group)) if "exclude" in config.methods else [frozenset()]:
                 menu.options += _grid(menu, variant, act_errors, weight_errors, left)
@@ -110,6 +111,23 @@ def make_menu(session: CalibrationSession, group: list[Member], config: BudgetCo
         everything = frozenset(range(len(group)))
         menu.options.append(Option(0.0, menu.left_bits(everything), 0, left=everything))
     return menu
+
+
+def _variant(method: str, config: ARCConfig, analysis: GroupAnalysis) -> Variant:
+    return Variant(method, config, analysis.prepared, *analysis.scores.rankings())
+
+
+def _is_beaten(
+    menu: Menu, method: str, analysis: GroupAnalysis, config: ARCConfig, measure: GroupErrors
+) -> bool:
+    """Whether a variant without residuals is no better than some residuals that cost no more, in
+    which case it is taken to be so with residuals, too, and not measured further."""
+    errors = measure.act_errors(config, bare=True), measure.weight_errors(config, bare=True)
+    (bare,) = _grid(menu, _variant(method, config, analysis), *errors, frozenset())
+    return any(
+        o.error <= bare.error and o.bits <= bare.bits and o.multiply_adds <= bare.multiply_adds
+        for o in menu.options
+    )
 
 
 def _subsets(count: int) -> Iterator[frozenset[int]]:
