@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from arc_ao.config import SAMPLE_TOKENS, ARCConfig, LayerWeights, Recipe
 
@@ -107,14 +107,15 @@ class BudgetConfig(ARCConfig):
         """Resolved configs of one layer that differ by channel order and activation scales."""
         orders = ("none", "amax") if self.channel_order is None else (self.channel_order,)
         halves = (False, True) if self.four_over_six is None else (self.four_over_six,)
-        base = self.of_layer()
+        base = self._of_layer()
         return [
             dataclasses.replace(base, channel_order=order, four_over_six=wide)
             for order in orders
             for wide in halves
         ]
 
-    def of_layer(self, **fields: Any) -> ARCConfig:
+    def _of_layer(self) -> ARCConfig:
         """The resolved config of a single layer, without bounds."""
-        own = {f.name: getattr(self.resolve(), f.name) for f in dataclasses.fields(ARCConfig)}
-        return ARCConfig(**own | {"budget": 0.0, "step": None} | fields)
+        resolved = self.resolve()
+        own = {f.name: getattr(resolved, f.name) for f in dataclasses.fields(ARCConfig)}
+        return ARCConfig(**own | {"budget": 0.0, "step": None})
