@@ -4,6 +4,7 @@ import arc_ao.quiet_import  # noqa: F401, I001  (before anything imports torchao
 import arc_ao.tensor_ops  # noqa: F401  (registers them)
 from arc_ao.calibration.data import calibrate
 from arc_ao.config import ARCConfig
+from arc_ao.config_budget import BudgetConfig
 from arc_ao.config_family import ARHQConfig, NVFP4Config, SERQConfig, SVDQuantConfig
 from arc_ao.env import env_report
 from arc_ao.eval.report import layer_report as report
@@ -21,6 +22,7 @@ __all__ = [
     "ARCConfig",
     "ARCTensor",
     "ARHQConfig",
+    "BudgetConfig",
     "NVFP4Config",
     "QuantizationSummary",
     "SERQConfig",

@@ -82,10 +82,20 @@ def _add_quantize(commands: Any) -> None:
     )
     quantize.add_argument("--calib-tokens", type=int, default=16_384)
     quantize.add_argument(
-        "--budget", type=float, default=0.06, help="extra channels over in_features (0.06)"
+        "--budget",
+        type=float,
+        help="extra channels over in_features (0.06); with --extra-bits multiply-adds (0.10)",
     )
     quantize.add_argument(
-        "--recipe", default="auto", choices=("auto", "best", "balanced", "paper", "plain")
+        "--extra-bits",
+        type=float,
+        metavar="BITS",
+        help="choose each layer's method under so many bits per weight over plain NVFP4",
+    )
+    quantize.add_argument(
+        "--recipe",
+        choices=("auto", "best", "balanced", "paper", "plain"),
+        help="default: auto; with --extra-bits balanced, or best",
     )
     quantize.add_argument(
         "--rounding", choices=("nearest", "gptq"), help="of weights; default: the recipe's"
@@ -146,24 +156,25 @@ def _demo(args: argparse.Namespace) -> None:
 def _quantize(args: argparse.Namespace) -> None:
     from arc_ao.calibration.data import text_batches
     from arc_ao.config import ARCConfig
+    from arc_ao.config_budget import BudgetConfig
     from arc_ao.eval.perplexity import read_text
     from arc_ao.integrations.huggingface import check_output, load_model, save_pretrained
     from arc_ao.quantize import quantize_
     from arc_ao.shipped import CALIBRATION_TEXT
 
     check_output(args.output)
-    config = ARCConfig(
-        budget=args.budget,
-        recipe=args.recipe,
-        rounding=args.rounding,
-        pad_in_features=args.pad_in_features,
-    )
+    given = {name: getattr(args, name) for name in ("budget", "recipe", "rounding", "extra_bits")}
+    given = {name: value for name, value in given.items() if value is not None}
+    kind = ARCConfig if args.extra_bits is None else BudgetConfig
+    config = kind(pad_in_features=args.pad_in_features, **given)
     model, tokenizer = load_model(args.model)
     text = read_text(args.calib or CALIBRATION_TEXT)
     window = min(512, getattr(model.config, "max_position_embeddings", 512))
     batches = text_batches(tokenizer, text, window=window, max_tokens=args.calib_tokens)
     summary = quantize_(model, config, calibration_data=batches, work_dir=args.resume)
     save_pretrained(model, args.output, tokenizer)
+    if summary.choices:
+        print(summary.describe_choices())
     print(summary)
     print(f"wrote {args.output}")
 

@@ -281,6 +281,11 @@ class ARCConfig(AOBaseConfig):
         ]
 
     @property
+    def mixes(self) -> bool:
+        """True where layers get methods of their own (config_budget.py)."""
+        return False
+
+    @property
     def weighs_layers(self) -> bool:
         """True where layers' weights are measured: blocks of all layers compete."""
         competing = self.has_residuals and not self.explicit

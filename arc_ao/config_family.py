@@ -11,6 +11,7 @@ K x K matrix in fp64): seconds a linear of a small model, minutes where K is in 
 from dataclasses import dataclass
 
 from arc_ao.config import ARCConfig, Branch, ChannelOrder, Recipe, Smooth
+from arc_ao.config_budget import BudgetConfig
 
 
 @dataclass
@@ -67,4 +68,4 @@ class ARHQConfig(ARCConfig):
     branch_iterations: int = 0
 
 
-CONFIGS = (ARCConfig, NVFP4Config, SERQConfig, SVDQuantConfig, ARHQConfig)
+CONFIGS = (ARCConfig, NVFP4Config, SERQConfig, SVDQuantConfig, ARHQConfig, BudgetConfig)

@@ -10,9 +10,10 @@
 Activation residuals store nothing (they read the base weight again), but compute.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from arc_ao.formats.nvfp4 import BLOCK_SIZE
 from arc_ao.tensor import ARCTensor
 
 PLAIN_BITS = 4.5  # a 4-bit code, and an 8-bit scale for 16 of them
@@ -51,3 +52,32 @@ def _input_side(tensor: ARCTensor) -> int:
     rotated = 0 if tensor.rotation is None else tensor.rotation.shape[0]
     scaled = 0 if tensor.input_scale is None else 1
     return tensor.in_features * (tensor.rank + rotated + scaled)
+
+
+def planned_cost(
+    shapes: Sequence[tuple[int, int]],
+    *,
+    act_blocks: int = 0,
+    weight_blocks: int = 0,
+    rank: int = 0,
+    ordered: bool = False,
+    scaled: bool = False,
+    static: bool = False,
+) -> tuple[int, int]:
+    """Extra (bits, multiply-adds per token) of the linears behind one input before they are made.
+
+    The same account as `extra_cost`, in full: blocks are ids, not channels gathered and copied.
+
+    Args:
+        shapes: (out_features, in_features) of each linear.
+        rank: of a branch; ordered: by a channel order; scaled: by an input scale.
+        static: with a calibrated outer scale of activations.
+    """
+    bits, adds = 0, 0
+    for rows, channels in shapes:
+        stored = -(-channels // BLOCK_SIZE) + weight_blocks
+        bits += round(rows * (stored * BLOCK_SIZE - channels) * PLAIN_BITS)
+        bits += 32 * (1 + act_blocks + weight_blocks + static + channels * (ordered + scaled))
+        bits += 16 * rank * (rows + channels)
+        adds += rows * (BLOCK_SIZE * (act_blocks + weight_blocks) + rank)
+    return bits, adds + shapes[0][1] * (rank + scaled)

@@ -9,7 +9,6 @@ step="convert"      one plan for all linears of the config, then one weight afte
 step="prepare_for_loading"   an empty ARCTensor of the shape that a checkpoint has
 """
 
-import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -32,12 +31,11 @@ from arc_ao.formats.nvfp4 import BLOCK_SIZE
 from arc_ao.integrations.huggingface import attach_quantizer
 from arc_ao.loading import empty_tensor
 from arc_ao.memory import release_memory
-from arc_ao.methods.hessian import shared_roundings
 from arc_ao.methods.measured import load_sessions, save_sessions
-from arc_ao.methods.plan import analyse_session, make_plans, weight_amax
-from arc_ao.methods.recipe import Trial, search_batches, search_recipe
-from arc_ao.methods.sensitivity import measure_layer_weights
+from arc_ao.methods.plan import weight_amax
+from arc_ao.methods.recipe import Trial
 from arc_ao.methods.weights import quantize_weight
+from arc_ao.planning import measure_session, plan_session, plan_unsearched, refuse_one_call
 from arc_ao.summary import QuantizationSummary, model_bytes, summarize
 from arc_ao.targets import FilterFn, check_linear, collect_targets, is_ragged
 from arc_ao.tensor import ARCTensor
@@ -104,12 +102,14 @@ def quantize_(
         for layer_config, modules in groups:
             if id(layer_config) not in resolved:
                 _apply(model, layer_config, modules)  # another library's config
-    if any(final.needs_hessian for final, _ in resolved.values()):
-        sessions = [observer_on(next(iter(modules.values()))).session for _, modules in arc_groups]
+    sessions = [session for *_, session in resolved.values()]
+    if any(final.needs_hessian for final, *_ in resolved.values()):
         convert_blocks(model, sessions, batches, _swap_weight, work=work, progress=progress)
     _convert_groups([(resolved[id(c)][0], modules) for c, modules in arc_groups], progress)
     attach_quantizer(model)
-    return summarize(model, list(resolved.values()), targets.skipped, before)
+    choices = {name: found for session in sessions for name, found in session.choices.items()}
+    tried = [(final, trials) for final, trials, _ in resolved.values()]
+    return summarize(model, tried, targets.skipped, before, choices)
 
 
 def _calibrate_and_resolve(
@@ -118,8 +118,8 @@ def _calibrate_and_resolve(
     batches: list[Batch | Tensor] | None,
     work: WorkDir | None,
     progress: bool,
-) -> dict[int, tuple[ARCConfig, list[Trial]]]:
-    """Prepare and calibrate, then measure; id of each config -> its convert config and trials."""
+) -> dict[int, tuple[ARCConfig, list[Trial], CalibrationSession]]:
+    """Prepare, calibrate, measure; id of each config -> its convert config, trials and session."""
     for config, modules in groups:
         prepare = config.with_step("prepare")
         prepare.__dict__["_session"] = CalibrationSession(prepare, sums_products=False)
@@ -135,34 +135,15 @@ def _calibrate_and_resolve(
     for session in sessions:
         session.observing = False  # a search for one config must not feed the others
     if measured is None:
-        measured = [_measure(model, session, batches, progress) for session in sessions]
+        measured = [measure_session(model, s, batches, progress=progress) for s in sessions]
         if work is not None:
             save_sessions(work, sessions, measured)
     resolved = {}
     for (config, _), session, trials in zip(groups, sessions, measured, strict=True):
         final = (trials[0].config if trials else config.resolve()).with_step("convert")
-        _plan_session(session, final, progress=progress)
-        resolved[id(config)] = (final, trials)
+        plan_session(session, final, progress=progress)
+        resolved[id(config)] = (final, trials, session)
     return resolved
-
-
-def _measure(
-    model: nn.Module,
-    session: CalibrationSession,
-    batches: list[Batch | Tensor] | None,
-    progress: bool,
-) -> list[Trial]:
-    """Weigh the layers of a calibrated session and search its recipe, as its config asks."""
-    config, trials = session.config, []
-    if batches is None:
-        return trials
-    if config.weighs_layers:
-        session.layer_weights = measure_layer_weights(
-            model, session, search_batches(batches), progress=progress
-        )
-    if config.searched:
-        trials = search_recipe(model, session, batches, progress=progress)
-    return trials
 
 
 def _run_step(
@@ -177,6 +158,7 @@ def _run_step(
                 converts.append((config, modules))
                 continue
             if isinstance(config, ARCConfig) and config.step == "prepare":
+                refuse_one_call(config)
                 config.__dict__.pop("_session", None)  # every "prepare" starts its own session
             _apply(model, config, modules)
     _convert_groups(converts, progress)
@@ -193,7 +175,7 @@ def _plan_prepared(config: ARCConfig, modules: dict[str, nn.Linear]) -> None:
             "observer; call quantize_ with step='prepare' and run calibration data first"
         )
     for session in {id(o.session): o.session for o in observers if o is not None}.values():
-        _plan_unsearched(session, config)
+        plan_unsearched(session, config)
 
 
 def _convert_groups(groups: list[tuple[ARCConfig, dict[str, nn.Linear]]], progress: bool) -> None:
@@ -307,40 +289,13 @@ def _convert(module: nn.Linear, config: ARCConfig) -> None:
         return  # not prepared, so not a target
     session = observer.session
     if session.plans is None or observer.name not in session.plans:
-        _plan_unsearched(session, config)
+        plan_unsearched(session, config)
     name, weight = observer.name, module.weight.detach()
     plan, rounding = session.plans.pop(name), session.roundings.pop(name, None)
     tensor = rounding.quantize(name, weight, plan) if rounding else quantize_weight(weight, plan)
     detach(module)
     _swap_weight(module, tensor.packed())
     release_memory()
-
-
-def _plan_session(
-    session: CalibrationSession, config: ARCConfig, *, progress: bool = False
-) -> None:
-    """Plan every linear of a session before the first one is touched."""
-    analyses = analyse_session(session, config, progress=progress)
-    session.plans = make_plans(analyses, config, session.layer_weights)
-    if config.needs_hessian:  # which chooses other scales; these take 1/32 of the model's memory
-        plans = session.plans.items()
-        session.plans = {name: dataclasses.replace(plan, scale=None) for name, plan in plans}
-    session.analyses = None  # every plan is dropped with its layer, its block scales too
-    session.config.__dict__.pop("_session", None)  # complete: a config must not hold on to a model
-
-
-def _plan_unsearched(session: CalibrationSession, config: ARCConfig) -> None:
-    """Plan a session of the three-step flow, which has no data left to measure recipes on."""
-    weighed = ["layer_weights"] if config.weighs_layers else []
-    if unmeasured := config.searched + weighed:
-        warnings.warn(
-            f"the three steps cannot measure {', '.join(unmeasured)}; taking those of "
-            "recipe='balanced'. Call arc_ao.quantize_(..., calibration_data=...) to measure them",
-            stacklevel=2,
-        )
-    roundings = shared_roundings(session) if config.needs_hessian else {}
-    _plan_session(session, config.resolve())
-    session.roundings = roundings
 
 
 def _quantize_uncalibrated(module: nn.Linear, config: ARCConfig) -> None:

@@ -7,11 +7,12 @@ from torch import nn
 from torchao.core.config import config_to_dict
 
 from arc_ao.config import ARCConfig
-from arc_ao.cost import extra_cost
+from arc_ao.cost import PLAIN_BITS, extra_cost
 from arc_ao.methods.recipe import Trial
 from arc_ao.tensor import ARCTensor
 
 SUMMARY = "_arc_summary"  # attribute of a quantized model
+EXCLUDED = "left unquantized by the budget search"
 
 
 @dataclass
@@ -28,6 +29,10 @@ class QuantizationSummary:
         bits_per_weight: stored bits over the weights of the quantized linears.
         extra_multiply_adds: of residuals, low-rank branches and input transforms, over those of the
             plain products (cost.py).
+        choices: under a BudgetConfig, fully qualified name -> what was chosen for the linear, its
+            bits per weight, and the measured error of the linears behind its input.
+        extra_bits: per weight over plain NVFP4's 4.5, linears that the budget left as they are
+            included, as in extra_channels and extra_multiply_adds.
     """
 
     configs: list[dict[str, Any]]
@@ -39,10 +44,27 @@ class QuantizationSummary:
     extra_channels: float = 0.0
     bits_per_weight: float = 0.0
     extra_multiply_adds: float = 0.0
+    choices: dict[str, dict[str, Any]] = field(default_factory=dict)
+    extra_bits: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-serialisable dictionary."""
         return asdict(self)
+
+    def describe_choices(self) -> str:
+        """One line for each linear of a BudgetConfig: its choice, bits per weight and error."""
+        lines = []
+        for name, choice in self.choices.items():
+            numbers = {
+                "act blocks": choice.get("act_blocks"),
+                "weight blocks": choice.get("weight_blocks"),
+                "rank": choice.get("rank"),
+            }
+            kept = ", ".join(f"{value} {label}" for label, value in numbers.items() if value)
+            what = f"{choice['choice']}{f' ({kept})' if kept else ''}"
+            bits, error = choice["bits_per_weight"], choice["error"]
+            lines.append(f"{name}: {what}, {bits:.2f} bits per weight, error {error:.2e}")
+        return "\n".join(lines)
 
     def __str__(self) -> str:
         return (
@@ -59,10 +81,15 @@ def summarize(
     resolved: list[tuple[ARCConfig, list[Trial]]],
     skipped: dict[str, str],
     bytes_before: int,
+    choices: dict[str, dict[str, Any]] | None = None,
 ) -> QuantizationSummary:
     """Summary of a quantized model, also kept on it for `save_pretrained`."""
-    tensors = arc_tensors(model)
+    tensors, choices = arc_tensors(model), choices or {}
     weights = sum(t.shape[0] * t.in_features for t in tensors.values())
+    left = [model.get_submodule(name).weight for name in choices if name not in tensors]
+    skipped = skipped | dict.fromkeys(choices.keys() - tensors.keys(), EXCLUDED)
+    stored = sum(t.nbytes_stored for t in tensors.values())
+    total = weights + sum(weight.numel() for weight in left)
     summary = QuantizationSummary(
         configs=[config_to_dict(config.with_step(None)) for config, _ in resolved],
         trials=[[trial.to_dict() for trial in trials] for _, trials in resolved],
@@ -70,10 +97,12 @@ def summarize(
         skipped=skipped,
         bytes_before=bytes_before,
         bytes_after=model_bytes(model),
-        extra_channels=sum(t.shape[0] * t.extra_channels for t in tensors.values())
-        / max(1, weights),
-        bits_per_weight=8 * sum(t.nbytes_stored for t in tensors.values()) / max(1, weights),
-        extra_multiply_adds=extra_cost(tensors.values()).multiply_adds,
+        extra_channels=sum(t.shape[0] * t.extra_channels for t in tensors.values()) / max(1, total),
+        bits_per_weight=8 * stored / max(1, weights),
+        extra_multiply_adds=extra_cost(tensors.values()).multiply_adds_per_token / max(1, total),
+        choices=choices,
+        extra_bits=8 * (stored + sum(weight.nbytes for weight in left)) / max(1, total)
+        - PLAIN_BITS,
     )
     setattr(model, SUMMARY, summary.to_dict())
     return summary

@@ -53,6 +53,18 @@ def test_quantize_eval_report(model_dir, text_file, tmp_path, capsys):
     assert len(json.loads(rows.read_text())) == 14 and plot.stat().st_size > 1000
 
 
+def test_quantize_chooses_by_layer(model_dir, text_file, tmp_path, capsys):
+    """--extra-bits prints what every linear got, and keeps to both bounds."""
+    output, options = tmp_path / "mixed", ("--extra-bits", "1", "--budget", "0.1")
+    assert _quantize(model_dir, text_file, output, *options) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("bits per weight, error") == 14
+    summary = json.loads((output / "arc_ao.json").read_text())
+    assert summary["extra_bits"] <= 1 and summary["extra_multiply_adds"] <= 0.1
+    assert _quantize(model_dir, text_file, tmp_path / "no", *options, "--recipe", "paper") == 2
+    assert "recipe='balanced' or 'best'" in capsys.readouterr().err
+
+
 def test_quantize_resumes(model_dir, text_file, tmp_path, monkeypatch):
     """An interrupted `--rounding gptq --resume` goes on and saves what a whole run saves."""
     options = ["--recipe", "balanced", "--rounding", "gptq"]

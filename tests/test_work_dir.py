@@ -14,7 +14,7 @@ import torch
 from test_quantize import assert_same_tensors, batches
 from tiny_models import tiny_llama
 
-from arc_ao import ARCConfig, quantize_
+from arc_ao import ARCConfig, planning, quantize_
 from arc_ao import quantize as quantize_module
 from arc_ao.methods import hessian as convert_module
 
@@ -78,7 +78,7 @@ def test_killed_while_at_work_it_resumes_with_the_same_bits(tmp_path, monkeypatc
     monkeypatch.setattr(convert_module, "prepare_rounding", count)
     refuse = lambda *args, **kwargs: pytest.fail("calibrated again")
     monkeypatch.setattr(quantize_module, "calibrate", refuse)
-    monkeypatch.setattr(quantize_module, "search_recipe", refuse)
+    monkeypatch.setattr(planning, "search_recipe", refuse)
     resumed = quantized(tmp_path / "work", BEST)
     assert len(converted) == 4 * (LAYERS - len(finished))
     monkeypatch.undo()

@@ -44,6 +44,8 @@ class CalibrationSession:
     observing: bool = True  # off while candidates are tried on the same inputs
     analyses: tuple[Any, list[Any]] | None = None  # what was last analysed, and its result
     layer_weights: dict[str, float] | None = None  # group's first member -> worth of its errors
+    mix: Any = None  # methods/mix.py: what each group gets, from its search to its plans
+    choices: dict[str, dict[str, Any]] = field(default_factory=dict)  # the same, to be read
 
     def __post_init__(self) -> None:
         if self.sums_products is None:
@@ -108,15 +110,23 @@ class CalibrationSession:
             other.take()
         return first.take()
 
+    def leave(self, names: set[str]) -> None:
+        """Let members go that are not to be quantized."""
+        for member in self.members:
+            if member.name in names:
+                detach(member.module)
+        self.members = [member for member in self.members if member.name not in names]
+
     def detach(self) -> None:
         """Remove every observer and hook."""
         for member in self.members:
             detach(member.module)
 
     def _channel_orders(self) -> tuple[str, ...]:
-        if "channel_order" in self.config.searched or self.config.weighs_layers:
+        config = self.config
+        if "channel_order" in config.searched or config.weighs_layers or config.mixes:
             return ("none", "amax")
-        return (self.config.resolve().channel_order,)
+        return (config.resolve().channel_order,)
 
     def _unique(self, name: str) -> str:
         taken = {member.name for member in self.members}

@@ -59,7 +59,7 @@ def analyse_session(
         bar = tqdm(groups, desc="analyse weights", disable=not progress, leave=False)
         made = [
             analyse_group(
-                group, _statistics(session, group, config), config, session.sample_of(group)
+                group, group_statistics(session, group, config), config, session.sample_of(group)
             )
             for group in bar
         ]
@@ -81,15 +81,16 @@ def make_plans(
     scores = [_weighted(a.scores, layer_weights or {}) for a in analyses]
     selected = select(scores, config)
     return {
-        member.name: _plan(analysis, index, choice, config)
+        member.name: plan_member(analysis, index, choice, config)
         for analysis, choice in zip(analyses, selected, strict=True)
         for index, member in enumerate(analysis.members)
     }
 
 
-def _statistics(
+def group_statistics(
     session: CalibrationSession, group: list[Member], config: ARCConfig
 ) -> InputStatistics | None:
+    """What was observed of a group's input; None where nothing was and nothing is needed."""
     observer = session.observer_of(group)
     if observer.count == 0 and not config.needs_calibration:
         return None
@@ -139,10 +140,12 @@ def analyse_group(
 
     def error(prepared: Preparation) -> float:
         some = search_rows(sample)
-        return _output_error(_analyse(members, statistics, config, some, prepared), some, config)
+        return _output_error(
+            analyse_prepared(members, statistics, config, some, prepared), some, config
+        )
 
     prepared = prepare(weights, statistics, sample, config, error)
-    return _analyse(members, statistics, config, sample, prepared)
+    return analyse_prepared(members, statistics, config, sample, prepared)
 
 
 def check_rotation(member: Member, config: ARCConfig) -> None:
@@ -158,7 +161,7 @@ def check_rotation(member: Member, config: ARCConfig) -> None:
         )
 
 
-def _analyse(
+def analyse_prepared(
     members: list[Member],
     statistics: InputStatistics | None,
     config: ARCConfig,
@@ -277,7 +280,10 @@ def _static_amax(analysis: GroupAnalysis) -> Tensor:
     return amax
 
 
-def _plan(analysis: GroupAnalysis, index: int, selected: Selected, config: ARCConfig) -> LayerPlan:
+def plan_member(
+    analysis: GroupAnalysis, index: int, selected: Selected, config: ARCConfig
+) -> LayerPlan:
+    """Plan of one linear of a group with chosen residuals, under a resolved config."""
     weight = analysis.weights[index]
     device = weight.scale.device
 

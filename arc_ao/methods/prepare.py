@@ -7,7 +7,7 @@ Linears that read one input share T and D (SVDQuant's joint q/k/v). The low-rank
 untransformed x, so that T is folded into D once and for all.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -175,6 +175,29 @@ def _branch(
         error=output_error,
         iterations=config.branch_iterations,
     )
+
+
+def branch_sweep(
+    weights: list[Tensor], sample: Tensor, config: ARCConfig, ranks: Sequence[int]
+) -> dict[int, Preparation]:
+    """Branches of several ranks from one decomposition, without transform or iterations.
+
+    Only ranks below half of the smallest dimension are there.
+
+    Args:
+        weights: [N, K] each, of the linears behind one input; sample: rows [M, K] of it.
+        config: `branch` says how to decompose.
+    """
+    matrix = _joined(UNTOUCHED, weights)
+    usable = [rank for rank in ranks if 2 * rank <= min(matrix.shape)]
+    if not usable:
+        return {}
+    root = None
+    if config.branch == "arhq":
+        root = metric_root(residual_gram(quantization_residual(sample.float())))
+    branch = weighted_svd(matrix, max(usable), root)
+    split = {rank: _split(branch.truncate(rank), weights, UNTOUCHED) for rank in usable}
+    return {rank: Preparation(branches=branches) for rank, branches in split.items()}
 
 
 def _split(branch: LowRank, weights: list[Tensor], prepared: Preparation) -> tuple[LowRank, ...]:

@@ -174,13 +174,17 @@ def quantized_on_the_fly(
             module.weight = weight
 
 
-def search_batches(batches: list[Batch | Tensor]) -> list[Batch | Tensor]:
-    """Evenly spaced batches of at most SEARCH_TOKENS tokens together: 1 to SEARCH_BATCHES."""
+def search_batches(
+    batches: list[Batch | Tensor], most_tokens: int | None = None
+) -> list[Batch | Tensor]:
+    """Evenly spaced batches of at most so many tokens together, by default SEARCH_TOKENS: 1 to
+    SEARCH_BATCHES."""
+    most = SEARCH_TOKENS if most_tokens is None else most_tokens
     tokens = [num_tokens(batch) for batch in batches]
-    fitting = len(batches) * SEARCH_TOKENS // max(1, sum(tokens))
+    fitting = len(batches) * most // max(1, sum(tokens))
     count = min(len(batches), SEARCH_BATCHES, max(1, fitting))
     while True:
         chosen = [i * len(batches) // count for i in range(count)]
-        if count == 1 or sum(tokens[i] for i in chosen) <= SEARCH_TOKENS:
+        if count == 1 or sum(tokens[i] for i in chosen) <= most:
             return [batches[i] for i in chosen]
         count -= 1

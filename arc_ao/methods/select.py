@@ -39,6 +39,13 @@ class GroupScores:
         """Multiply-adds per token of one residual block."""
         return BLOCK_SIZE * self.out_features
 
+    def rankings(self) -> tuple[list[int], list[int]]:
+        """Ids of blocks by removed error, most first: activation and weight residuals."""
+        return tuple(
+            torch.argsort(_block_sums(score), descending=True, stable=True).tolist()
+            for score in (self.act_score, self.weight_score)
+        )
+
 
 @dataclass
 class Selected:

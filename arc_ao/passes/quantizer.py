@@ -90,11 +90,19 @@ class ARCQuantizer(Quantizer):
 
     Attributes:
         skipped: linears left alone, by name, and why.
+
+    Raises:
+        ValueError: a config whose layers differ by what is measured.
     """
 
     def __init__(self, config: ARCConfig | None = None, filter_fn: NameFilter | None = None):
         super().__init__()
         config = ARCConfig() if config is None else config
+        if config.mixes:
+            raise ValueError(
+                f"ARCQuantizer: expected a config that is the same for all layers, found "
+                f"{type(config).__name__}; use arc_ao.quantize_ before torch.export"
+            )
         self.config = config.resolve()
         self.filter_fn = filter_fn
         self.skipped: dict[str, str] = {}

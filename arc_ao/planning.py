@@ -1,0 +1,91 @@
+"""Plans of a calibrated session's linears, and what the flows that cannot measure refuse."""
+
+import dataclasses
+import warnings
+
+from torch import Tensor, nn
+
+from arc_ao.calibration.data import Batch
+from arc_ao.calibration.session import CalibrationSession
+from arc_ao.config import ARCConfig
+from arc_ao.methods.hessian import shared_roundings
+from arc_ao.methods.mix import COMPARED_TOKENS, Mix, search_mix
+from arc_ao.methods.plan import analyse_session, make_plans
+from arc_ao.methods.recipe import Trial, search_batches, search_recipe
+from arc_ao.methods.sensitivity import measure_layer_weights
+
+
+def measure_session(
+    model: nn.Module,
+    session: CalibrationSession,
+    batches: list[Batch | Tensor] | None,
+    *,
+    progress: bool = True,
+) -> list[Trial | Mix]:
+    """Weigh the layers of a calibrated session and search its recipe or its mix of choices.
+
+    Returns:
+        What was tried, the winner first; a mix is kept with the session, too.
+    """
+    config = session.config
+    if batches is None:
+        return []
+    some = search_batches(batches)
+    if config.weighs_layers:
+        session.layer_weights = measure_layer_weights(model, session, some, progress=progress)
+    if config.mixes:
+        session.mix = search_mix(
+            model, session, search_batches(batches, COMPARED_TOKENS), progress=progress
+        )
+        return session.mix.mixes
+    if config.searched:
+        return search_recipe(model, session, batches, progress=progress)
+    return []
+
+
+def plan_session(session: CalibrationSession, config: ARCConfig, *, progress: bool = False) -> None:
+    """Plan every linear of a session before the first one is touched.
+
+    Linears that a mix leaves as they are leave the session.
+    """
+    if session.mix is not None:
+        session.plans, session.choices = session.mix.plans(session), session.mix.by_linear()
+        session.leave({m.name for m in session.members} - session.plans.keys())
+        session.mix = None  # and the input rows in it
+    else:
+        analyses = analyse_session(session, config, progress=progress)
+        session.plans = make_plans(analyses, config, session.layer_weights)
+    if config.needs_hessian:  # which chooses other scales; these take 1/32 of the model's memory
+        plans = session.plans.items()
+        session.plans = {name: dataclasses.replace(plan, scale=None) for name, plan in plans}
+    session.analyses = None  # every plan is dropped with its layer, its block scales too
+    session.config.__dict__.pop("_session", None)  # complete: a config must not hold on to a model
+
+
+def plan_unsearched(session: CalibrationSession, config: ARCConfig) -> None:
+    """Plan a session of the three-step flow, which has no data left to measure recipes on."""
+    refuse_one_call(config)
+    weighed = ["layer_weights"] if config.weighs_layers else []
+    if unmeasured := config.searched + weighed:
+        warnings.warn(
+            f"the three steps cannot measure {', '.join(unmeasured)}; taking those of "
+            "recipe='balanced'. Call arc_ao.quantize_(..., calibration_data=...) to measure them",
+            stacklevel=2,
+        )
+    roundings = shared_roundings(session) if config.needs_hessian else {}
+    plan_session(session, config.resolve())
+    session.roundings = roundings
+
+
+def refuse_one_call(config: ARCConfig) -> None:
+    """The steps cannot compare mixes on the model's output.
+
+    Raises:
+        ValueError: a config whose mix of choices is measured.
+    """
+    if config.mixes:
+        raise ValueError(
+            f"expected a config that is the same for all layers in a prepare/convert flow, found "
+            f"{type(config).__name__}, whose choices are compared on the model's output; call "
+            "arc_ao.quantize_(model, config, calibration_data=...) instead"
+        )

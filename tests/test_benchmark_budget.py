@@ -1,0 +1,42 @@
+"""The benchmark of mixes: a row of every kind on a small encoder, within its bounds."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import END_OF_TEXT, VOCAB_SIZE, byte_tokenizer
+from transformers import BertConfig, BertModel
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # scripts, not a package
+
+import budget_search  # noqa: E402
+
+
+def test_an_encoder_needs_a_text_and_the_shipped_model_has_one(capsys):
+    for arguments in (["--model", "minilm"], ["--text", "text.txt"]):
+        with pytest.raises(SystemExit):
+            budget_search.main(arguments)
+        assert "--text goes with an encoder" in capsys.readouterr().err
+
+
+def test_rows_of_an_encoder(tmp_path, capsys, monkeypatch):
+    """Closed shares are those of the divergences; a mix keeps to its bounds."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = BertConfig(vocab_size=VOCAB_SIZE, num_attention_heads=2, **sizes)
+    BertModel(config).save_pretrained(tmp_path / "model")
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = END_OF_TEXT
+    tokenizer.save_pretrained(tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"{i} " + "some words " * 20 for i in range(110)), encoding="utf-8")
+    monkeypatch.setattr(budget_search, "LINES", (2, 3))
+    arguments = ["--model", str(tmp_path / "model"), "--text", str(text), "--extra-bits", "1"]
+    budget_search.main([*arguments, "--rows", "nearest"])
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    plain, mix = rows["plain NVFP4"], rows["mix, 1 bits, nearest"]
+    assert len(rows) == 2 and mix["closed"] == 1 - mix["divergence"] / plain["divergence"] > 0
+    assert mix["extra_bits"] <= 1 and mix["extra_multiply_adds"] <= 0.10
+    assert len(mix["choices"]) == 6 and mix["trials"]
