@@ -23,8 +23,8 @@ Step = Literal["prepare", "convert", "prepare_for_loading"]
 Activation = Literal["nvfp4", "bf16"]
 
 # What a recipe fills in where the user left a field None. "auto" and "best" measure SEARCHED_FIELDS
-# on the calibration data; where that is impossible (the three-step flow) "auto" falls back to
-# "balanced".
+# and the layers' weights on the calibration data; where that is impossible (the three steps, the graph
+# flow) they fall back to those of "balanced".
 RECIPES: dict[str, dict[str, Any]] = {
     "balanced": {
         "selection": "energy",
@@ -61,7 +61,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 SAMPLE_TOKENS = 2048  # input rows kept a layer where means over single channels do not suffice
-RECIPES["best"] = RECIPES["balanced"] | {"rounding": "gptq", "layer_weights": "measured"}
+RECIPES["auto"] = RECIPES["balanced"] | {"layer_weights": "measured"}
+RECIPES["best"] = RECIPES["auto"] | {"rounding": "gptq"}
 SEARCHING = ("auto", "best")
 SEARCHED_FIELDS = ("channel_order", "granularity", "exchange_rate", "four_over_six")
 # What activation="bf16" leaves of the choices: only weights have residuals, in their own order.
@@ -76,7 +77,7 @@ WEIGHT_ONLY: dict[str, Any] = {
 }
 CHOICES: dict[str, tuple[Any, ...]] = {
     "activation": ("nvfp4", "bf16"),
-    "recipe": ("auto", *RECIPES),
+    "recipe": tuple(RECIPES),
     "selection": ("energy", "threshold", None),
     "channel_order": ("none", "amax", None),
     "granularity": ("block", "channel", None),
@@ -104,7 +105,7 @@ class ARCConfig(AOBaseConfig):
         budget: extra channels over in_features, model-wide and weighted by out_features; blocks of
             all layers compete for it. 0 is plain NVFP4. None, with selection "threshold": the
             paper's rule (channels with amax > 2^-3 of the layer's, rounded up to 64).
-        recipe: "auto" (measure), "best" (measure, with layers weighed by measured sensitivity and
+        recipe: "auto" (measure, with layers weighed by measured sensitivity), "best" (the same, and
             weights rounded by GPTQ), "balanced" (no search, no reordering), "paper" (ARCQuant as
             published: sorted channels, activation residuals, amax scales), "plain" (NVFP4 with amax
             scales; the budget is 0 unless numbers of channels are given).
@@ -250,7 +251,7 @@ class ARCConfig(AOBaseConfig):
         return {k: v for k, v in self.__dict__.items() if not k.startswith("_")}
 
     def _recipe_value(self, field: str) -> Any:
-        return RECIPES.get(self.recipe, RECIPES["balanced"])[field]
+        return RECIPES[self.recipe][field]
 
     @property
     def explicit(self) -> bool:
@@ -313,7 +314,7 @@ class ARCConfig(AOBaseConfig):
 
     def resolve(self, **measured: Any) -> "ARCConfig":
         """Copy without None fields: `measured` values first, then the recipe's."""
-        fields = RECIPES.get(self.recipe, RECIPES["balanced"])
+        fields = RECIPES[self.recipe]
         values = {
             name: measured.get(name, default)
             for name, default in fields.items()

@@ -55,7 +55,7 @@ def rows(extra_bits: list[float], budget: float) -> dict[str, ARCConfig]:
     found = {
         PLAIN: ARCConfig(budget=0.0, recipe="plain"),
         "auto": ARCConfig(budget=budget),
-        "auto, measured layer weights": ARCConfig(budget=budget, layer_weights="measured"),
+        "auto, equal layer weights": ARCConfig(budget=budget, layer_weights="equal"),
         "best": ARCConfig(budget=budget, recipe="best"),
     }
     for bits in extra_bits:

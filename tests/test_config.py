@@ -21,7 +21,7 @@ NAN = float("nan")
 @pytest.mark.parametrize(
     "field, value, message",
     [
-        ("recipe", "first", r"recipe must be one of \('auto', .*got 'first'"),
+        ("recipe", "first", r"recipe must be one of \('balanced', .*got 'first'"),
         ("selection", "random", r"selection must be one of \('energy', 'threshold', .*'random'"),
         ("channel_order", "sorted", r"channel_order must be one of \('none', 'amax', .*'sorted'"),
         ("granularity", "row", r"granularity must be one of \('block', 'channel', .*'row'"),
@@ -58,7 +58,7 @@ def test_the_papers_rule_needs_no_budget():
     assert ARCConfig(budget=None, selection="threshold").resolve().budget is None
 
 
-@pytest.mark.parametrize("recipe", ["auto", *RECIPES])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_resolve_leaves_no_field_open_and_keeps_the_users(recipe):
     """A field given by the user wins over a measured one, that over the recipe's."""
     resolved = ARCConfig(recipe=recipe).resolve()
@@ -157,11 +157,12 @@ def test_a_config_never_carries_the_model_away():
 @pytest.mark.parametrize(
     "settings, hessian, weighs",
     [
-        ({}, False, False),
+        ({}, False, True),
+        ({"layer_weights": "equal"}, False, False),
         ({"recipe": "best"}, True, True),
         ({"recipe": "best", "rounding": "nearest", "weight_scale": "amax"}, False, True),
         ({"recipe": "plain", "rounding": "gptq"}, True, False),
-        ({"weight_scale": "local_hessian"}, True, False),
+        ({"recipe": "balanced", "weight_scale": "local_hessian"}, True, False),
         ({"recipe": "best", "num_act_channels": 16}, True, False),  # nothing competes
     ],
 )

@@ -77,17 +77,33 @@ def test_one_call_equals_three_steps_and_a_loaded_checkpoint(settings):
     assert same_logits(one, loaded)
 
 
-def test_the_searched_config_reproduces_the_search():
-    """The resolved config of the default, given again, needs no search and gives the same bits."""
+def searched_llama(**fields) -> tuple[nn.Module, ARCConfig]:
+    """A model under a searched recipe, and the resolved config."""
     searched = small_llama()
-    summary = quantize_(searched, calibration_data=batches(), progress=False)
-    resolved, again, three = ARCConfig(**summary.configs[0]["_data"]), small_llama(), small_llama()
+    data = batches()
+    summary = quantize_(searched, ARCConfig(**fields), calibration_data=data, progress=False)
+    resolved = ARCConfig(**summary.configs[0]["_data"])
     assert resolved.searched == [] and resolved.step is None
+    return searched, resolved
+
+
+@pytest.mark.parametrize("fields", [{}, {"layer_weights": "equal"}])
+def test_the_searched_config_reproduces_the_search(fields):
+    """The resolved config of the default, given again, needs no search and gives the same bits."""
+    searched, resolved = searched_llama(**fields)
+    again = small_llama()
     assert quantize_(again, resolved, calibration_data=batches(), progress=False).trials == [[]]
+    assert_same_tensors(searched, again)
+    assert same_logits(searched, again)
+
+
+def test_the_searched_config_in_three_steps():
+    """They weigh no layers; apart from that they give the same bits."""
+    searched, resolved = searched_llama(layer_weights="equal")
+    three = small_llama()
     three_steps(three, resolved)
-    for other in (again, three):
-        assert_same_tensors(searched, other)
-        assert same_logits(searched, other)
+    assert_same_tensors(searched, three)
+    assert same_logits(searched, three)
 
 
 def test_plain_needs_no_data_and_torchao_alone_will_do():
