@@ -23,8 +23,8 @@ Step = Literal["prepare", "convert", "prepare_for_loading"]
 Activation = Literal["nvfp4", "bf16"]
 
 # What a recipe fills in where the user left a field None. "auto" and "best" measure SEARCHED_FIELDS
-# and the layers' weights on the calibration data; where that is impossible (the three steps, the graph
-# flow) they fall back to those of "balanced".
+# and the layers' weights on the calibration data; where that is impossible (the three steps, the
+# graph flow) they take those of "balanced".
 RECIPES: dict[str, dict[str, Any]] = {
     "balanced": {
         "selection": "energy",
