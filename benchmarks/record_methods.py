@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arc_ao import ARCConfig, ARHQConfig, NVFP4Config, SERQConfig, SVDQuantConfig, quantize_
+from arc_ao import (
+    ARCConfig,
+    ARHQConfig,
+    BudgetConfig,
+    NVFP4Config,
+    SERQConfig,
+    SVDQuantConfig,
+    quantize_,
+)
 from arc_ao.cost import PLAIN_BITS, extra_cost
 from arc_ao.formats import mxfp4
 from arc_ao.methods.rotation import hadamard_signs, rotate
@@ -82,10 +90,13 @@ def other_rows() -> dict[str, Row]:
         "ARHQ r32 + GPTQ": ARHQConfig(rank=32, **gptq),
         "smoothing": ARCConfig(smooth="search", **plain_mse),
         "smoothing + GPTQ": ARCConfig(smooth="search", **plain_mse, **gptq),
+        "AWQ's scales": ARCConfig(smooth="awq", **plain_mse),
+        "AWQ's scales + GPTQ": ARCConfig(smooth="awq", **plain_mse, **gptq),
         "ARC 10 %": ARCConfig(**arc),
         "smoothing + ARC 10 %": ARCConfig(smooth="search", **arc),
         "Hadamard 16": NVFP4Config(rotation=16),
         "Hadamard 128": NVFP4Config(rotation=128),
+        "arc_ao mix 10 %": BudgetConfig(extra_bits=0.25, budget=0.10, **gptq),
         "MXFP4 (format only)": MXFP4(),
         "MXFP4, Hadamard 32 (format only)": MXFP4(rotation=32),
     }
