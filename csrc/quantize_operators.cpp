@@ -107,12 +107,13 @@ Operand swizzled(const Operand& plain) {
   return out;
 }
 
-// Quantizes what `produce` makes and puts the three results on the stack.
+// Quantizes what `produce` makes of the rows of `matrix` and puts the three results on the stack.
 void quantize_onto(
-    StableIValue* stack, const RowProducer& produce, int64_t rows,
-    const AugmentationArguments& arguments, const Augmentation& how) {
+    StableIValue* stack, const char* op, const Matrix& matrix,
+    const AugmentationArguments& arguments, const RowProducer& produce) {
+  const Augmentation how = arguments.resolve(op, matrix.channels);
+  const int64_t rows = matrix.rows, outers = how.mode == ScaleMode::kToken ? rows : 1;
   Operand operand(rows, how.all_blocks());
-  const int64_t outers = how.mode == ScaleMode::kToken ? rows : 1;
   TensorRef outer = TensorRef::empty({outers}, aoti_torch_dtype_float32());
   quant_augment(
       produce, rows, how,
@@ -155,13 +156,10 @@ void quant_augment_boxed(StableIValue* stack, uint64_t, uint64_t) {
   const TensorRef x = arguments.tensor();
   const AugmentationArguments augmentation(arguments);
   const Matrix matrix = matrix_of(x, op);
-  const char* data = x.data<char>();
-  const int64_t stride = matrix.channels * size_of(matrix.dtype);
   const auto produce = [&](int64_t m, float* out) {
-    return kernels().load_row(data + m * stride, matrix.dtype, matrix.channels, out);
+    return kernels().load_row(row_of(x, matrix, m), matrix.dtype, matrix.channels, out);
   };
-  quantize_onto(
-      stack, produce, matrix.rows, augmentation, augmentation.resolve(op, matrix.channels));
+  quantize_onto(stack, op, matrix, augmentation, produce);
 }
 
 void rms_norm_quant_augment_boxed(StableIValue* stack, uint64_t, uint64_t) {
@@ -178,8 +176,7 @@ void rms_norm_quant_augment_boxed(StableIValue* stack, uint64_t, uint64_t) {
     const float inverse = inverse_rms(out, matrix.channels, eps);
     return kernels().norm_row(out, gain, matrix.dtype, inverse, matrix.channels, out);
   };
-  quantize_onto(
-      stack, produce, matrix.rows, augmentation, augmentation.resolve(op, matrix.channels));
+  quantize_onto(stack, op, matrix, augmentation, produce);
 }
 
 void add_rms_norm_quant_augment_boxed(StableIValue* stack, uint64_t, uint64_t) {
@@ -202,8 +199,7 @@ void add_rms_norm_quant_augment_boxed(StableIValue* stack, uint64_t, uint64_t) {
     const float inverse = inverse_rms(out, matrix.channels, eps);
     return kernels().norm_row(out, gain, matrix.dtype, inverse, matrix.channels, out);
   };
-  quantize_onto(
-      stack, produce, matrix.rows, augmentation, augmentation.resolve(op, matrix.channels));
+  quantize_onto(stack, op, matrix, augmentation, produce);
   stack[3] = as_value(sum.release());
 }
 
@@ -218,8 +214,7 @@ void silu_mul_quant_augment_boxed(StableIValue* stack, uint64_t, uint64_t) {
     return kernels().silu_mul_row(
         row_of(gate, matrix, m), row_of(up, matrix, m), matrix.dtype, matrix.channels, out);
   };
-  quantize_onto(
-      stack, produce, matrix.rows, augmentation, augmentation.resolve(op, matrix.channels));
+  quantize_onto(stack, op, matrix, augmentation, produce);
 }
 
 void gelu_quant_augment_boxed(StableIValue* stack, uint64_t, uint64_t) {
@@ -238,8 +233,7 @@ void gelu_quant_augment_boxed(StableIValue* stack, uint64_t, uint64_t) {
         row_of(x, matrix, m), up ? row_of(up, matrix, m) : nullptr, approximate == "tanh",
         matrix.dtype, matrix.channels, out);
   };
-  quantize_onto(
-      stack, produce, matrix.rows, augmentation, augmentation.resolve(op, matrix.channels));
+  quantize_onto(stack, op, matrix, augmentation, produce);
 }
 
 }  // namespace arc

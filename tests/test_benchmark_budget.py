@@ -5,9 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from tiny_models import END_OF_TEXT, VOCAB_SIZE, byte_tokenizer
-from transformers import BertConfig, BertModel
+from tiny_models import save_tiny_bert
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # scripts, not a package
 
@@ -23,13 +21,7 @@ def test_an_encoder_needs_a_text_and_the_shipped_model_has_one(capsys):
 
 def test_rows_of_an_encoder(tmp_path, capsys, monkeypatch):
     """Closed shares are those of the divergences; a mix keeps to its bounds."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    config = BertConfig(vocab_size=VOCAB_SIZE, num_attention_heads=2, **sizes)
-    BertModel(config).save_pretrained(tmp_path / "model")
-    tokenizer = byte_tokenizer()
-    tokenizer.pad_token = END_OF_TEXT
-    tokenizer.save_pretrained(tmp_path / "model")
+    save_tiny_bert(tmp_path / "model")
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"{i} " + "some words " * 20 for i in range(110)), encoding="utf-8")
     monkeypatch.setattr(budget_search, "LINES", (2, 3))

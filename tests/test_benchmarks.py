@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_models import END_OF_TEXT, VOCAB_SIZE, byte_tokenizer
-from transformers import BertConfig, BertModel
+from tiny_models import save_tiny_bert
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # scripts, not a package
@@ -110,13 +109,7 @@ def test_accuracy_without_text_says_what_to_pass(capsys):
 
 
 def test_accuracy_runs(tmp_path, capsys):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    config = BertConfig(vocab_size=VOCAB_SIZE, num_attention_heads=2, **sizes)
-    BertModel(config).save_pretrained(tmp_path / "model")
-    tokenizer = byte_tokenizer()
-    tokenizer.pad_token = END_OF_TEXT
-    tokenizer.save_pretrained(tmp_path / "model")
+    save_tiny_bert(tmp_path / "model")
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"{i} " + "some words " * 20 for i in range(110)), encoding="utf-8")
     lines = ["--calibration-lines", "2", "--evaluation-lines", "3"]

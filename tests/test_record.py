@@ -8,9 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_models import END_OF_TEXT, VOCAB_SIZE, byte_tokenizer, perturbed, tiny_llama
+from tiny_models import (
+    byte_tokenizer,
+    perturbed,
+    save_tiny_bert,
+    tiny_llama,
+)
 from torch import nn
-from transformers import BertConfig, BertModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))  # scripts
 
@@ -94,13 +98,7 @@ def test_a_run_goes_on_where_it_stopped(record, monkeypatch, capsys):
 
 def test_an_encoder_is_compared_by_its_embeddings(record, tmp_path, monkeypatch):
     """Both figures, two seeds, no lm-eval tasks."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    config = BertConfig(vocab_size=VOCAB_SIZE, num_attention_heads=2, **sizes)
-    BertModel(config).save_pretrained(tmp_path / "bert")
-    tokenizer = byte_tokenizer()
-    tokenizer.pad_token = END_OF_TEXT
-    tokenizer.save_pretrained(tmp_path / "bert")
+    save_tiny_bert(tmp_path / "bert")
     monkeypatch.setattr(record_models, "model_directory", lambda name: tmp_path / "bert")
     lines = [f"{i} " + WORDS[40 * i : 40 * i + 199].replace("\n", " ") for i in range(240)]
     (tmp_path / "data" / record_data.WIKI_LINES).write_text("\n".join(f"{x:x<201}" for x in lines))

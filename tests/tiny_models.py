@@ -1,9 +1,17 @@
 """Causal language models and a tokenizer small enough to build in every test."""
 
+from pathlib import Path
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.modeling_outputs import CausalLMOutput
 
 END_OF_TEXT = "<|endoftext|>"
@@ -111,3 +119,14 @@ def bigram_model(pairs: str, logit: float = 5.0) -> BigramModel:
         last, following = tokenizer(pair.replace("_", " "))["input_ids"]
         table[last, following] = logit
     return BigramModel(table)
+
+
+def save_tiny_bert(directory: Path) -> None:
+    """One layer of 32 with its byte tokenizer, as a checkpoint."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = BertConfig(vocab_size=VOCAB_SIZE, num_attention_heads=2, **sizes)
+    BertModel(config).save_pretrained(directory)
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = END_OF_TEXT
+    tokenizer.save_pretrained(directory)
