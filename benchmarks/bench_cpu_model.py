@@ -145,11 +145,15 @@ def profile(decoder: Decoder, prompt: Tensor, tokens: int) -> str:
     return averages.table(sort_by="self_cpu_time_total", row_limit=PROFILE_ROWS)
 
 
-class Variant:
-    """The process of one variant."""
+def command(name: str, argv: list[str]) -> list[str]:
+    """Starts a variant: `serve` with the options of `argv`."""
+    return [sys.executable, __file__, *argv, "--variant", name]
 
-    def __init__(self, name: str, argv: list[str]) -> None:
-        command = [sys.executable, __file__, *argv, "--variant", name]
+
+class Variant:
+    """The process of one variant, which speaks as `serve` does."""
+
+    def __init__(self, command: list[str]) -> None:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.process = subprocess.Popen(command, text=True, **pipes)
         self.memory = self._read()
@@ -170,8 +174,8 @@ class Variant:
         self.process.stdin.close()
         self.process.wait()
 
-    def figures(self, prompt: int) -> dict[str, float]:
-        """Tokens per second and bytes."""
+    def speeds(self, prompt: int) -> dict[str, float]:
+        """Tokens per second: medians over the rounds, and how far apart they were."""
         prefill = summarize([r["prefill"] for r in self.rounds])
         decode = summarize([r["decode"] for r in self.rounds])
         return {
@@ -179,9 +183,12 @@ class Variant:
             "prefill_spread": prefill.spread,
             "decode_tokens_per_second": 1 / decode.seconds,
             "decode_spread": decode.spread,
-            "memory": self.memory["weights"] + self.memory["running"],
-            **self.memory,
         }
+
+    def figures(self, prompt: int) -> dict[str, float]:
+        """Tokens per second and bytes."""
+        memory = self.memory["weights"] + self.memory["running"]
+        return {**self.speeds(prompt), "memory": memory, **self.memory}
 
 
 def measure(args: argparse.Namespace, argv: list[str]) -> dict[str, dict[str, float]]:
@@ -189,7 +196,7 @@ def measure(args: argparse.Namespace, argv: list[str]) -> dict[str, dict[str, fl
     variants: dict[str, Variant] = {}
     try:
         for name in VARIANTS:
-            variants[name] = Variant(name, argv)
+            variants[name] = Variant(command(name, argv))
         for i in range(args.rounds):
             progress(f"round {i + 1} of {args.rounds}")
             for variant in variants.values():
@@ -235,8 +242,9 @@ def print_table(variants: dict[str, dict[str, float]], title: str) -> None:
     Console(width=110).print(table)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parser(description: str) -> argparse.ArgumentParser:
+    """Options of the model and of the run, which bench_llama_cpp.py shares."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--intermediate", type=int, default=8192)
@@ -249,10 +257,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=0.06)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--profile", action="store_true", help="of decoding, on stderr")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a line fails")
-    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    options = parser(__doc__.splitlines()[0])
+    options.add_argument("--profile", action="store_true", help="of decoding, on stderr")
+    options.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
+    return options.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
