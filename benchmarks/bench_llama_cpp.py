@@ -168,7 +168,9 @@ def print_build(rows: dict[str, dict[str, Any]]) -> None:
     print(f"llama.cpp: {next(iter(peers.values()))['system_info'].strip()}")
     for name, row in peers.items():
         buffers = ", ".join(f"{key} {size:.0f} MiB" for key, size in row["buffers_mib"].items())
-        print(f"{name}: {buffers}; flash attention {' '.join(row['flash_attention'])}")
+        types = ", ".join(f"{count} {name}" for name, count in row["tensors"].items())
+        flash = "with" if row["flash_attention"] else "without"
+        print(f"{name}: {types} tensors; {buffers}; {flash} flash attention")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -31,8 +31,9 @@ else:
     step = array("f", [1.0, 2.0, 3.0])
     Path(options[options.index("--logits") + 1]).write_bytes(step.tobytes())
     facts = {{"stored": path.stat().st_size, "total": 2**21, "system_info": "CPU : NONE = 1 "}}
-    facts |= {{"buffers_mib": {{"CPU_Mapped": 1.0}}, "flash_attention": ["enabled"]}}
-    print(json.dumps(facts | {{"folder": str(path.parent)}}), flush=True)
+    facts |= {{"buffers_mib": {{"CPU_Mapped": 1.0}}, "tensors": {{"f32": 5, "nvfp4": 14}}}}
+    facts |= {{"flash_attention": True, "folder": str(path.parent)}}
+    print(json.dumps(facts), flush=True)
     for _ in sys.stdin:
         seconds = {SECONDS}[path.stem]
         print(json.dumps({{"prefill": seconds, "decode": seconds / 10}}), flush=True)
@@ -109,7 +110,7 @@ def test_rows_of_the_processes_and_no_file_left(tmp_path, monkeypatch, capsys):
     finally:
         torch.set_num_threads(threads)
     out = capsys.readouterr().out
-    assert "llama.cpp nvfp4: CPU_Mapped 1 MiB; flash attention enabled" in out
+    assert "nvfp4: 5 f32, 14 nvfp4 tensors; CPU_Mapped 1 MiB; with flash attention" in out
     found = json.loads(out.splitlines()[-1])
     assert list(found["rows"]) == ["llama.cpp bf16", "llama.cpp nvfp4"]
     row = found["rows"]["llama.cpp nvfp4"]

@@ -20,12 +20,16 @@ import sys
 import time
 from pathlib import Path
 
+import gguf
 import gguf_file
 import llama_cpp
 import numpy as np
 
+BF16, NVFP4 = gguf.GGMLQuantizationType.BF16, gguf.GGMLQuantizationType.NVFP4
 BUFFER = re.compile(r"(\S+) model buffer size = +([\d.]+) MiB")
-FLASH = re.compile(r"[Ff]lash [Aa]ttention was auto, set to (\w+)")
+TYPE = re.compile(r" - type +(\S+): +(\d+) tensors")
+FLASH = "Flash Attention enabled"  # as it says in its log
+DEBUG = 1  # its lowest level: several lines a token
 SHOWN_LOG_LINES = 15
 STATUS = Path("/proc/self/status")  # Linux
 
@@ -43,9 +47,9 @@ def quantize(source: Path, target: Path, fmt: str, threads: int) -> None:
     if fmt == "nvfp4":
         # Not a file type that it takes: Q8_0 is, and each tensor's type is overridden.
         params.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0
-        params.output_tensor_type = params.token_embedding_type = llama_cpp.GGML_TYPE_BF16
+        params.output_tensor_type = params.token_embedding_type = BF16
         override = llama_cpp.llama_model_tensor_override
-        overrides = (override * 2)(override(rb"^blk\.", llama_cpp.GGML_TYPE_NVFP4), override(None))
+        overrides = (override * 2)(override(rb"^blk\.", NVFP4), override(None))
         params.tt_overrides = overrides
     else:
         params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{fmt.upper()}")
@@ -132,7 +136,8 @@ def serve(args: argparse.Namespace) -> None:
         "stored": args.path.stat().st_size,
         "total": peak_bytes(),
         "buffers_mib": {name: float(size) for name, size in BUFFER.findall(log)},
-        "flash_attention": FLASH.findall(log),
+        "tensors": {name: int(count) for name, count in TYPE.findall(log)},
+        "flash_attention": FLASH in log,
         "versions": {"llama_cpp_python": llama_cpp.__version__, "numpy": np.__version__},
         "system_info": llama_cpp.llama_print_system_info().decode(),
     }
@@ -175,6 +180,8 @@ def main(argv: list[str] | None = None) -> None:
 
     @llama_cpp.llama_log_callback
     def keep(level: int, part: bytes, data: ctypes.c_void_p) -> None:
+        if level == DEBUG:
+            return
         text.append(part.decode(errors="replace"))
         if text[-1].endswith("\n"):
             log_lines.extend("".join(text).splitlines())
