@@ -110,14 +110,18 @@ class Session:
         self.feed(prompt)
         return int(self.logits().argmax())
 
+    def decode(self, token: int, tokens: int) -> None:
+        """As many tokens behind `token`."""
+        for _ in range(tokens):
+            self.feed([token])
+            token = int(self.logits().argmax())
+
     def round(self, prompt: list[int], tokens: int) -> dict[str, float]:
         """Seconds of a prompt, and of a token behind it."""
         start = time.perf_counter()
         token = self.prefill(prompt)
         prefilled = time.perf_counter()
-        for _ in range(tokens):
-            self.feed([token])
-            token = int(self.logits().argmax())
+        self.decode(token, tokens)
         decoded = time.perf_counter()
         return {"prefill": prefilled - start, "decode": (decoded - prefilled) / tokens}
 
@@ -128,9 +132,9 @@ def serve(args: argparse.Namespace) -> None:
     session = Session(args.path, args.prompt + 2 * args.tokens, args.prompt, args.threads)
     generator = np.random.default_rng(args.seed)
     prompt = generator.integers(session.vocabulary, size=args.prompt).tolist()
-    session.prefill(prompt)
-    session.logits().astype(np.float32).tofile(args.logits)
-    session.round(prompt, args.tokens)  # untimed: reads the file, allocates
+    token = session.prefill(prompt)  # a first round, untimed: reads the file, allocates
+    session.logits().tofile(args.logits)
+    session.decode(token, args.tokens)
     log = "\n".join(log_lines)
     facts = {
         "stored": args.path.stat().st_size,
