@@ -148,8 +148,8 @@ def cell(value: float | None, digits: int) -> str:
 def print_table(rows: dict[str, dict[str, Any]], title: str) -> None:
     """One line per row; the last two columns say how many times its speed backend "arc" has."""
     table = Table("", title=title)
-    headings = ("prefill tok/s", "decode tok/s", "stored MiB", "process MiB", "cosine")
-    for heading in (*headings, "prefill, ours x", "decode, ours x"):
+    headings = ("prefill\ntok/s", "decode\ntok/s", "stored\nMiB", "process\nMiB", "\ncosine")
+    for heading in (*headings, "prefill,\nours x", "decode,\nours x"):
         table.add_column(heading, justify="right")
     for name, row in rows.items():
         table.add_row(
@@ -160,7 +160,7 @@ def print_table(rows: dict[str, dict[str, Any]], title: str) -> None:
             cell(row.get("cosine"), 4),
             *(cell(ratio(rows, key, FUSED, name), 2) for key in (PREFILL, DECODE)),
         )
-    Console(width=110).print(table)
+    Console(width=100).print(table)
 
 
 def print_build(rows: dict[str, dict[str, Any]]) -> None:
