@@ -31,13 +31,22 @@ FLAGS = (
 ).split()
 AVX2 = "-mavx2 -mfma -mf16c".split()
 AVX512 = [*AVX2, *"-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni".split()]
+AVX512BF16 = [*AVX512, "-mavx512bf16", "-ffp-contract=fast"]  # attention, which quantizes nothing
 AMX = [*AVX512, *"-mamx-tile -mamx-bf16".split()]
 # level_NAME.cpp: its flags
-LEVELS = {"portable": [], "avx2": AVX2, "avx512": AVX512, "amx": AMX}
+LEVELS = {
+    "portable": [],
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512bf16": AVX512BF16,
+    "amx": AMX,
+}
 COMMON = [
+    "attention_operator.cpp",
     "gemm_operator.cpp",
     "quantize_operators.cpp",
     "register_operators.cpp",
+    "cpu/attention.cpp",
     "cpu/dispatch.cpp",
     "cpu/dot_gemm.cpp",
     "cpu/nvfp4_gemm.cpp",

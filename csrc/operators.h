@@ -11,5 +11,6 @@ void add_rms_norm_quant_augment_boxed(StableIValue* stack, uint64_t, uint64_t);
 void silu_mul_quant_augment_boxed(StableIValue* stack, uint64_t, uint64_t);
 void gelu_quant_augment_boxed(StableIValue* stack, uint64_t, uint64_t);
 void nvfp4_gemm_boxed(StableIValue* stack, uint64_t, uint64_t);
+void attention_boxed(StableIValue* stack, uint64_t, uint64_t);
 
 }  // namespace arc

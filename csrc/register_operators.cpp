@@ -26,6 +26,8 @@ const char* const kSchemas[] = {
     "nvfp4_gemm(Tensor a, Tensor a_scale, Tensor a_outer, Tensor b, Tensor b_scale, "
     "Tensor b_outer, Tensor? bias, ScalarType out_dtype, Tensor? act_blocks=None, "
     "int base_blocks=0, str b_layout=\"plain\") -> Tensor",
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, "
+    "float scale) -> Tensor",
 };
 
 // Registers at load, once; the libraries live as long as the process.
@@ -45,6 +47,7 @@ struct Registration {
         {"silu_mul_quant_augment", silu_mul_quant_augment_boxed},
         {"gelu_quant_augment", gelu_quant_augment_boxed},
         {"nvfp4_gemm", nvfp4_gemm_boxed},
+        {"attention", attention_boxed},
     };
     for (const auto& [name, kernel] : kernels) {
       check_call(torch_library_impl(cpu, name, kernel, kTorchVersion), name);

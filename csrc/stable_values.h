@@ -68,6 +68,11 @@ class TensorRef {
     for (size_t i = sizes.size(); i-- > 1;) {
       strides[i - 1] = strides[i] * std::max<int64_t>(1, sizes[i]);
     }
+    return empty_strided(sizes, strides, dtype);
+  }
+
+  static TensorRef empty_strided(
+      const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int32_t dtype) {
     AtenTensorHandle handle = nullptr;
     check_call(
         aoti_torch_empty_strided(
@@ -79,12 +84,11 @@ class TensorRef {
 
   // The same values with standard strides; most tensors have them already.
   TensorRef contiguous() && {
-    int64_t* strides = nullptr;
-    check_call(aoti_torch_get_strides(handle_, &strides), "a tensor's strides");
+    const std::vector<int64_t> found = strides();
     int64_t expected = 1;
     bool standard = true;
     for (size_t i = sizes_.size(); i-- > 0; expected *= sizes_[i]) {
-      standard = standard && (sizes_[i] == 1 || strides[i] == expected);
+      standard = standard && (sizes_[i] == 1 || found[i] == expected);
     }
     if (standard || numel() == 0) return std::move(*this);
     StableIValue stack[] = {
@@ -92,6 +96,18 @@ class TensorRef {
     check_call(
         torch_call_dispatcher("aten::contiguous", "", stack, kTorchVersion), "aten::contiguous");
     return TensorRef(value_as<AtenTensorHandle>(stack[0]));
+  }
+
+  // The same values; those of the last dimension lie side by side.
+  TensorRef rows_contiguous() && {
+    const bool standard = dim() == 0 || sizes_.back() == 1 || strides().back() == 1;
+    return standard ? std::move(*this) : std::move(*this).contiguous();
+  }
+
+  std::vector<int64_t> strides() const {
+    int64_t* found = nullptr;
+    check_call(aoti_torch_get_strides(handle_, &found), "a tensor's strides");
+    return {found, found + dim()};
   }
 
   explicit operator bool() const { return handle_ != nullptr; }
@@ -129,9 +145,17 @@ class Arguments {
   TensorRef tensor() { return TensorRef(value_as<AtenTensorHandle>(*next_++)).contiguous(); }
 
   TensorRef optional_tensor() {
-    std::unique_ptr<StableIValue> held(value_as<StableIValue*>(*next_++));
-    if (!held) return {};
-    return TensorRef(value_as<AtenTensorHandle>(*held)).contiguous();
+    TensorRef found = next_optional();
+    return found ? std::move(found).contiguous() : TensorRef();
+  }
+
+  // With rows side by side only where the caller has them so.
+  TensorRef strided_tensor() {
+    return TensorRef(value_as<AtenTensorHandle>(*next_++)).rows_contiguous();
+  }
+  TensorRef optional_strided_tensor() {
+    TensorRef found = next_optional();
+    return found ? std::move(found).rows_contiguous() : TensorRef();
   }
 
   std::string string() {
@@ -151,6 +175,11 @@ class Arguments {
   }
 
  private:
+  TensorRef next_optional() {
+    std::unique_ptr<StableIValue> held(value_as<StableIValue*>(*next_++));
+    return held ? TensorRef(value_as<AtenTensorHandle>(*held)) : TensorRef();
+  }
+
   StableIValue* next_;
 };
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import expecttest
 import pytest
@@ -20,6 +21,7 @@ from torch.fx import Graph
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import arc_ao
+from arc_ao.ops import native
 from arc_ao.passes import backend
 from arc_ao.passes.draw import data_flow
 from arc_ao.passes.nodes import arc_calls
@@ -63,7 +65,9 @@ def calls(monkeypatch) -> list[list[str]]:
 
 
 @pytest.fixture(autouse=True)
-def fresh():
+def fresh(monkeypatch):
+    """Attention as on most machines, so that graphs are the same everywhere."""
+    monkeypatch.setattr(native, "attention_is_fast", lambda: False)
     torch._dynamo.reset()
     counters.clear()
     with config.patch(fx_graph_cache=False):  # a cached graph does not go through the passes
@@ -106,6 +110,17 @@ class TestDecoders(expecttest.TestCase):
 9 nvfp4_gemm [96, 128] <- [7]
 10 silu_mul_quant_augment [96, 64] <- [8, 9]
 11 nvfp4_gemm [96, 64] <- [10]""",
+        )
+
+    def test_a_block_of_llama_with_our_attention(self):
+        with mock.patch.object(native, "attention_is_fast", lambda: True):
+            lines = last_block(tiny_llama()).splitlines()
+        self.assertExpectedInline(
+            "\n".join(lines[3:6]),
+            """\
+3 nvfp4_gemm [96, 32] <- [0]
+4 attention [2, 4, 48, 16] <- [1, 2, 3]
+5 quant_augment [96, 32] <- [4]""",
         )
 
     def test_a_block_of_qwen(self):

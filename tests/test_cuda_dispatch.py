@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from arc_ao.ops import OPERATORS
+from arc_ao.ops.backends import ATTENTION, OPERATORS
 from arc_ao.ops.cuda import dispatch, tuning
 from arc_ao.ops.cuda.tuning import Rule
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
+QUANTIZED = [name for name in OPERATORS if name != ATTENTION]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_hopper_takes_triton_and_the_plain_layout(device):
     assert dispatch.weight_layout(torch.device("cuda", 0)) == "plain"
 
 
-@pytest.mark.parametrize("name", [name.removeprefix("arc::") for name in OPERATORS])
+@pytest.mark.parametrize("name", [name.removeprefix("arc::") for name in QUANTIZED])
 def test_every_operator_has_an_implementation_on_every_backend(name):
     """Also for weights in a layout that Triton does not read: the meaning."""
     pytest.importorskip("triton", reason="the kernels for NVIDIA GPUs are written in triton")
@@ -85,6 +86,15 @@ def test_every_operator_has_an_implementation_on_every_backend(name):
     assert dispatch.implementation(name, "triton", eager, ("swizzled",)) is eager
     kernel = dispatch.implementation(name, "triton", eager, ("token", torch.zeros(2)))
     assert kernel.__name__ == name and kernel.__module__.startswith("arc_ao.ops.cuda.triton_")
+
+
+@pytest.mark.parametrize("backend", dispatch.BACKENDS)
+def test_attention_on_gpus_is_pytorch_s(backend, monkeypatch):
+    """Which has kernels of its own there."""
+    monkeypatch.setattr(dispatch, "import_module", lambda module: object())
+    eager = object()
+    assert dispatch.implementation("attention", backend, eager, ()) is eager
+    dispatch.kernel_of.cache_clear()
 
 
 def test_a_kernel_is_looked_up_once(monkeypatch):

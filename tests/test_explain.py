@@ -6,9 +6,16 @@ from tiny_models import VOCAB_SIZE, tiny_llama
 from torch import nn
 
 import arc_ao
+from arc_ao.ops import native
 from arc_ao.passes import backend
 
 TOKENS = torch.randint(VOCAB_SIZE, (1, 24), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def same_everywhere(monkeypatch):
+    """Attention as on most machines."""
+    monkeypatch.setattr(native, "attention_is_fast", lambda: False)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Registered operators `arc::*`: one file each with its eager meaning and its fake."""
 
+from arc_ao.ops.attention import attention
 from arc_ao.ops.backends import OPERATORS, backend_report
 from arc_ao.ops.input_transform import project_down, transform_input
 from arc_ao.ops.nvfp4_gemm import nvfp4_gemm
@@ -15,6 +16,7 @@ from arc_ao.ops.quant_augment import quant_augment
 __all__ = [
     "OPERATORS",
     "add_rms_norm_quant_augment",
+    "attention",
     "backend_report",
     "gelu_quant_augment",
     "nvfp4_gemm",

@@ -6,6 +6,7 @@ from arc_ao.ops import native
 from arc_ao.ops.cuda import dispatch
 
 WEIGHT_ONLY = "arc::nvfp4_weight_only_gemm"  # has no native CPU kernel
+ATTENTION = "arc::attention"  # called only where our kernel is faster than PyTorch's
 OPERATORS = (
     "arc::quant_augment",
     "arc::rms_norm_quant_augment",
@@ -13,6 +14,7 @@ OPERATORS = (
     "arc::silu_mul_quant_augment",
     "arc::gelu_quant_augment",
     "arc::nvfp4_gemm",
+    ATTENTION,
     WEIGHT_ONLY,
 )
 
@@ -32,7 +34,13 @@ def backend_report() -> dict[str, dict[str, str]]:
     reason = native.reason_absent() or f"the best of: {native.cpu_features()}"
     backend = "eager" if level == "eager" else f"native CPU, {level}"
     report = {name: {"backend": backend, "reason": reason} for name in OPERATORS}
-    return report | {WEIGHT_ONLY: {"backend": "eager", "reason": "no native CPU kernel"}}
+    report[WEIGHT_ONLY] = {"backend": "eager", "reason": "no native CPU kernel"}
+    if not native.attention_is_fast():
+        report[ATTENTION] = {
+            "backend": "eager",
+            "reason": "graphs keep PyTorch's own, but for AVX-512 BF16 without tile registers",
+        }
+    return report
 
 
 def cuda_backend(index: int) -> dict[str, str]:

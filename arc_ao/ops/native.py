@@ -60,6 +60,12 @@ def cpu_features() -> str:
     return "" if library is None else library.arc_ao_cpu_features().decode()
 
 
+def attention_is_fast() -> bool:
+    """Whether arc::attention beats PyTorch's own: AVX-512 BF16 without tile registers."""
+    library = load()
+    return library is not None and bool(library.arc_ao_attention_is_fast())
+
+
 def available_levels() -> list[str]:
     """Levels that this machine and this build can run."""
     return [] if load() is None else [f for f in cpu_features().split(", ") if f in LEVELS]

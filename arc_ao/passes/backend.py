@@ -1,8 +1,8 @@
 """`torch.compile(model, backend="arc")`: Inductor with our passes; or Inductor's own, with them.
 
 The passes run on Inductor's graph of aten operators before its own rewrites. They are appended to
-what other libraries put there, and their `uuid` is a hash of their sources, so that Inductor's
-caches hold.
+what other libraries put there, and their `uuid` is a hash of their sources and of what the
+machine offers them, so that Inductor's caches hold.
 """
 
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, GraphModule
 
+from arc_ao.ops import native
 from arc_ao.passes.pipeline import run_passes
 
 SOURCES = tuple(str(path) for path in sorted(Path(__file__).parent.glob("*.py")))
@@ -28,7 +29,7 @@ class ArcPass(CustomGraphPass):
         self.applied = run_passes(graph)
 
     def uuid(self) -> Any:
-        return get_hash_for_files(SOURCES, "arc_ao")
+        return get_hash_for_files(SOURCES, f"arc_ao {native.attention_is_fast()}")
 
 
 ARC_PASS = ArcPass()

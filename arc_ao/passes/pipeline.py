@@ -11,6 +11,7 @@ from arc_ao.passes.fuse_rms_norm import fuse_rms_norm
 from arc_ao.passes.fuse_silu_mul import fuse_silu_mul
 from arc_ao.passes.lower_transforms import fold_input_scale, lower_transforms
 from arc_ao.passes.share_quantize import share_quantize
+from arc_ao.passes.use_native_attention import use_native_attention
 
 # Sharing comes first: a norm is fused only where one quantization is all that reads it. Scales go
 # into a norm before the norm is looked for.
@@ -22,7 +23,11 @@ PASSES: tuple[Callable[[Graph], int], ...] = (
     fuse_silu_mul,
 )
 # Round differently in the last bits: not where Inductor is told to keep those of eager execution.
-ROUNDING_PASSES: tuple[Callable[[Graph], int], ...] = (fuse_gelu, fold_query_groups)
+ROUNDING_PASSES: tuple[Callable[[Graph], int], ...] = (
+    fuse_gelu,
+    use_native_attention,
+    fold_query_groups,
+)
 
 
 def run_passes(graph: Graph) -> dict[str, int]:

@@ -21,6 +21,10 @@ extern const Kernels kAVX2;
 #ifdef ARC_AO_AVX512
 extern const Kernels kAVX512;
 #endif
+#if defined(ARC_AO_AVX512) && defined(ARC_AO_AVX512BF16)
+#define ARC_AO_PAIR_PRODUCTS
+extern const AttentionKernels kAttentionBF16;
+#endif
 #if defined(ARC_AO_AMX) && defined(ARC_AO_AVX512)
 #define ARC_AO_TILES
 extern const TileKernels kAMXTiles;
@@ -121,9 +125,26 @@ std::atomic<const Kernels*>& current() {
   return chosen;
 }
 
+// AVX-512 BF16, where the level is AVX-512 or better.
+bool has_pair_products() {
+#ifdef ARC_AO_PAIR_PRODUCTS
+  static const bool found = __builtin_cpu_supports("avx512bf16");
+  return found && current().load(std::memory_order_relaxed)->decoded;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 const Kernels& kernels() { return *current().load(std::memory_order_relaxed); }
+
+const AttentionKernels& attention_kernels() {
+#ifdef ARC_AO_PAIR_PRODUCTS
+  if (has_pair_products()) return kAttentionBF16;
+#endif
+  return *kernels().attention;
+}
 
 }  // namespace arc
 
@@ -137,6 +158,8 @@ int arc_ao_set_cpu_level(const char* name) {
 }
 
 const char* arc_ao_cpu_level() { return arc::kernels().name; }
+
+int arc_ao_attention_is_fast() { return arc::has_pair_products() && !arc::kernels().tiles; }
 
 const char* arc_ao_cpu_features() {
   static const std::string text = [] {

@@ -75,6 +75,34 @@ struct DecodedKernels {
   void (*multiply)(const Activations& a, int64_t rows, const DecodedChunk& w, float* products);
 };
 
+// Rows of queries that share the keys of one head, in the lanes of up to four vectors.
+constexpr int64_t kTileQueries = 64;
+constexpr int64_t kChunkKeys = 64;  // scores of one chunk stay in L1
+
+struct AttentionTile {
+  int64_t rows;  // of queries
+  const uint16_t* query[kTileQueries];  // bf16 [channels]
+  const void* mask[kTileQueries];       // [keys] of mask_dtype, added to the scores; or null
+  int64_t seen[kTileQueries];           // keys that a row sees
+  uint16_t* y[kTileQueries];            // bf16 [value_channels]
+  DType mask_dtype;
+  const uint16_t* key;     // bf16 [keys, channels], rows key_stride apart
+  const uint16_t* values;  // bf16 [pairs of keys, value_channels, 2]
+  int64_t keys, key_stride, channels, value_channels;
+  float scale;
+  // Working memory: bf16 [channels / 2, kTileQueries, 2] and [kChunkKeys / 2, kTileQueries, 2], fp32
+  // [kChunkKeys, kTileQueries] and [value_channels, kTileQueries].
+  uint16_t *queries, *weights;
+  float *scores, *sums;
+};
+
+struct AttentionKernels {
+  // Rows 2 j and 2 j + 1 of the values side by side; a missing last row (null) is zeros.
+  void (*pack_values)(
+      const uint16_t* first, const uint16_t* second, int64_t channels, uint16_t* packed);
+  void (*attend)(const AttentionTile& tile);
+};
+
 // Operands of a matrix unit with tile registers: runs of tiles of 16 rows of 64 bytes. A strip is 32
 // rows of A, or of W, that is two tiles for each step of 32 channels: [steps, 2, 512] of bf16. A tile
 // of A holds [16 rows, 32 channels], one of W [16 pairs of channels, 16 rows, 2]. Of C, a tile holds
@@ -153,6 +181,7 @@ struct Kernels {
   // products [rows, stride] of one panel, scaled and rounded.
   void (*store_products)(const float* products, int64_t stride, const Output& out);
 
+  const AttentionKernels* attention;
   const DecodedKernels* decoded = nullptr;  // null where dot_panel serves many rows, too
   const TileKernels* tiles = nullptr;       // null where there are no tile registers
 };

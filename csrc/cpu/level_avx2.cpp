@@ -1,6 +1,7 @@
 // AVX2, FMA and F16C: the int8 dot product by vpmaddubsw, 8 rows of a panel at a time.
 #include <immintrin.h>
 
+#include "attention_tile.h"
 #include "dot_common.h"
 #include "producer_rows.h"
 
@@ -80,6 +81,8 @@ void dot_panel(
   }
 }
 
+const arc::AttentionKernels kAttention = {pack_values, attend<PlainDot>};
+
 }  // namespace
 
 namespace arc {
@@ -87,6 +90,6 @@ namespace arc {
 extern const Kernels kAVX2;
 const Kernels kAVX2 = {
     "avx2", load_row, store_row, quantize_row, add_row, silu_mul_row, gelu_row, norm_row,
-    unpack_activations, pack_panel, dot_panel, store_products};
+    unpack_activations, pack_panel, dot_panel, store_products, &kAttention};
 
 }  // namespace arc

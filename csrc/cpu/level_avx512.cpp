@@ -1,6 +1,7 @@
 // AVX-512 with VNNI: 16 rows of a panel in one vector, four vpdpbusd for a block of 16 channels.
 #include <immintrin.h>
 
+#include "attention_tile.h"
 #include "dot_common.h"
 #include "producer_rows.h"
 
@@ -211,6 +212,8 @@ void multiply(const Activations& a, int64_t rows, const DecodedChunk& w, float* 
 
 const arc::DecodedKernels kDecoded = {decode_panel, multiply};
 
+const arc::AttentionKernels kAttention = {pack_values, attend<PlainDot>};
+
 }  // namespace
 
 namespace arc {
@@ -218,6 +221,6 @@ namespace arc {
 extern const Kernels kAVX512;
 const Kernels kAVX512 = {
     "avx512", load_row, store_row, quantize_row, add_row, silu_mul_row, gelu_row, norm_row,
-    unpack_row, pack_panel, dot_panel, store_products, &kDecoded};
+    unpack_row, pack_panel, dot_panel, store_products, &kAttention, &kDecoded};
 
 }  // namespace arc

@@ -1,12 +1,19 @@
 // The level that every machine has: vector types compiled for the baseline instruction set.
+#include "attention_tile.h"
 #include "dot_common.h"
 #include "producer_rows.h"
+
+namespace {
+
+const arc::AttentionKernels kAttention = {pack_values, attend<PlainDot>};
+
+}  // namespace
 
 namespace arc {
 
 extern const Kernels kPortable;
 const Kernels kPortable = {
     "portable", load_row, store_row, quantize_row, add_row, silu_mul_row, gelu_row, norm_row,
-    unpack_activations, pack_panel, dot_panel_plain, store_products};
+    unpack_activations, pack_panel, dot_panel_plain, store_products, &kAttention};
 
 }  // namespace arc

@@ -22,7 +22,7 @@ from torch import Tensor
 BACKEND_VARIABLE = "ARC_AO_CUDA_BACKEND"
 BACKENDS = ("blackwell", "triton", "eager")
 BLACKWELL_MODULE = "arc_ao.ops.cuda.blackwell"
-TRITON_MODULES = {  # operator -> where its implementation is
+TRITON_MODULES = {  # operator -> where its implementation is; for others the meaning serves
     "quant_augment": "triton_producers",
     "rms_norm_quant_augment": "triton_producers",
     "add_rms_norm_quant_augment": "triton_producers",
@@ -73,7 +73,7 @@ def kernel_of(name: str, backend: str, is_swizzled: bool) -> Callable | None:
         if compiled is not None:
             return compiled
         backend = "eager" if find_spec("triton") is None else "triton"
-    if backend == "eager" or is_swizzled:
+    if backend == "eager" or is_swizzled or name not in TRITON_MODULES:
         return None
     return getattr(import_module(f"arc_ao.ops.cuda.{TRITON_MODULES[name]}"), name)
 
