@@ -43,6 +43,7 @@ LEVELS = {
 }
 COMMON = [
     "attention_operator.cpp",
+    "bf16_linear_operator.cpp",
     "gemm_operator.cpp",
     "quantize_operators.cpp",
     "register_operators.cpp",

@@ -12,5 +12,6 @@ void silu_mul_quant_augment_boxed(StableIValue* stack, uint64_t, uint64_t);
 void gelu_quant_augment_boxed(StableIValue* stack, uint64_t, uint64_t);
 void nvfp4_gemm_boxed(StableIValue* stack, uint64_t, uint64_t);
 void attention_boxed(StableIValue* stack, uint64_t, uint64_t);
+void bf16_linear_boxed(StableIValue* stack, uint64_t, uint64_t);
 
 }  // namespace arc

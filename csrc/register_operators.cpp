@@ -28,6 +28,7 @@ const char* const kSchemas[] = {
     "int base_blocks=0, str b_layout=\"plain\") -> Tensor",
     "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, "
     "float scale) -> Tensor",
+    "bf16_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
 };
 
 // Registers at load, once; the libraries live as long as the process.
@@ -48,6 +49,7 @@ struct Registration {
         {"gelu_quant_augment", gelu_quant_augment_boxed},
         {"nvfp4_gemm", nvfp4_gemm_boxed},
         {"attention", attention_boxed},
+        {"bf16_linear", bf16_linear_boxed},
     };
     for (const auto& [name, kernel] : kernels) {
       check_call(torch_library_impl(cpu, name, kernel, kTorchVersion), name);

@@ -20,13 +20,13 @@ ours = torch.ops.arc.attention
 @pytest.fixture(params=[True, False], ids=["fast", "slow"])
 def fast(request, monkeypatch):
     """Whether our kernel is the faster one; it runs in any case."""
-    monkeypatch.setattr(native, "attention_is_fast", lambda: request.param)
+    monkeypatch.setattr(native, "pairs_are_fast", lambda: request.param)
     return request.param
 
 
 @pytest.fixture
 def is_fast(monkeypatch):
-    monkeypatch.setattr(native, "attention_is_fast", lambda: True)
+    monkeypatch.setattr(native, "pairs_are_fast", lambda: True)
 
 
 def repeated(x: Tensor, groups: int) -> Tensor:
@@ -194,7 +194,7 @@ def test_our_kernel_is_called_only_where_it_is_the_faster_one(fast):
     applied = run_passes(gm.graph)
     assert applied["use_native_attention"] == fast and applied["fold_query_groups"] == (not fast)
     uuid = ARC_PASS.uuid()
-    native.attention_is_fast = lambda: not fast
+    native.pairs_are_fast = lambda: not fast
     assert ARC_PASS.uuid() != uuid
 
 

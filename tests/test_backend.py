@@ -67,7 +67,7 @@ def calls(monkeypatch) -> list[list[str]]:
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """Attention as on most machines, so that graphs are the same everywhere."""
-    monkeypatch.setattr(native, "attention_is_fast", lambda: False)
+    monkeypatch.setattr(native, "pairs_are_fast", lambda: False)
     torch._dynamo.reset()
     counters.clear()
     with config.patch(fx_graph_cache=False):  # a cached graph does not go through the passes
@@ -113,7 +113,7 @@ class TestDecoders(expecttest.TestCase):
         )
 
     def test_a_block_of_llama_with_our_attention(self):
-        with mock.patch.object(native, "attention_is_fast", lambda: True):
+        with mock.patch.object(native, "pairs_are_fast", lambda: True):
             lines = last_block(tiny_llama()).splitlines()
         self.assertExpectedInline(
             "\n".join(lines[3:6]),

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from arc_ao.ops.backends import ATTENTION, OPERATORS
+from arc_ao.ops.backends import OPERATORS, UNQUANTIZED
 from arc_ao.ops.cuda import dispatch, tuning
 from arc_ao.ops.cuda.tuning import Rule
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
-QUANTIZED = [name for name in OPERATORS if name != ATTENTION]
+QUANTIZED = [name for name in OPERATORS if name not in UNQUANTIZED]
 
 
 @pytest.mark.parametrize(
@@ -89,11 +89,12 @@ def test_every_operator_has_an_implementation_on_every_backend(name):
 
 
 @pytest.mark.parametrize("backend", dispatch.BACKENDS)
-def test_attention_on_gpus_is_pytorch_s(backend, monkeypatch):
+@pytest.mark.parametrize("name", ["attention", "bf16_linear"])
+def test_what_is_not_quantized_is_pytorch_s_on_gpus(name, backend, monkeypatch):
     """Which has kernels of its own there."""
     monkeypatch.setattr(dispatch, "import_module", lambda module: object())
     eager = object()
-    assert dispatch.implementation("attention", backend, eager, ()) is eager
+    assert dispatch.implementation(name, backend, eager, ()) is eager
     dispatch.kernel_of.cache_clear()
 
 

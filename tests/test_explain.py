@@ -15,7 +15,7 @@ TOKENS = torch.randint(VOCAB_SIZE, (1, 24), generator=torch.Generator().manual_s
 @pytest.fixture(autouse=True)
 def same_everywhere(monkeypatch):
     """Attention as on most machines."""
-    monkeypatch.setattr(native, "attention_is_fast", lambda: False)
+    monkeypatch.setattr(native, "pairs_are_fast", lambda: False)
 
 
 @pytest.fixture(scope="module")

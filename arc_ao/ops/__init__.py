@@ -2,6 +2,7 @@
 
 from arc_ao.ops.attention import attention
 from arc_ao.ops.backends import OPERATORS, backend_report
+from arc_ao.ops.bf16_linear import bf16_linear
 from arc_ao.ops.input_transform import project_down, transform_input
 from arc_ao.ops.nvfp4_gemm import nvfp4_gemm
 from arc_ao.ops.nvfp4_weight_only_gemm import nvfp4_weight_only_gemm
@@ -18,6 +19,7 @@ __all__ = [
     "add_rms_norm_quant_augment",
     "attention",
     "backend_report",
+    "bf16_linear",
     "gelu_quant_augment",
     "nvfp4_gemm",
     "nvfp4_weight_only_gemm",

@@ -6,7 +6,8 @@ from arc_ao.ops import native
 from arc_ao.ops.cuda import dispatch
 
 WEIGHT_ONLY = "arc::nvfp4_weight_only_gemm"  # has no native CPU kernel
-ATTENTION = "arc::attention"  # called only where our kernel is faster than PyTorch's
+# Called only where our kernels are faster than PyTorch's.
+UNQUANTIZED = ("arc::attention", "arc::bf16_linear")
 OPERATORS = (
     "arc::quant_augment",
     "arc::rms_norm_quant_augment",
@@ -14,7 +15,7 @@ OPERATORS = (
     "arc::silu_mul_quant_augment",
     "arc::gelu_quant_augment",
     "arc::nvfp4_gemm",
-    ATTENTION,
+    *UNQUANTIZED,
     WEIGHT_ONLY,
 )
 
@@ -35,11 +36,9 @@ def backend_report() -> dict[str, dict[str, str]]:
     backend = "eager" if level == "eager" else f"native CPU, {level}"
     report = {name: {"backend": backend, "reason": reason} for name in OPERATORS}
     report[WEIGHT_ONLY] = {"backend": "eager", "reason": "no native CPU kernel"}
-    if not native.attention_is_fast():
-        report[ATTENTION] = {
-            "backend": "eager",
-            "reason": "graphs keep PyTorch's own, but for AVX-512 BF16 without tile registers",
-        }
+    if not native.pairs_are_fast():
+        reason = "graphs keep PyTorch's own, but for AVX-512 BF16 without tile registers"
+        report |= {name: {"backend": "eager", "reason": reason} for name in UNQUANTIZED}
     return report
 
 

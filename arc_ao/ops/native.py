@@ -60,10 +60,10 @@ def cpu_features() -> str:
     return "" if library is None else library.arc_ao_cpu_features().decode()
 
 
-def attention_is_fast() -> bool:
-    """Whether arc::attention beats PyTorch's own: AVX-512 BF16 without tile registers."""
+def pairs_are_fast() -> bool:
+    """Whether our kernels for bf16 beat PyTorch's own: AVX-512 BF16 without tile registers."""
     library = load()
-    return library is not None and bool(library.arc_ao_attention_is_fast())
+    return library is not None and bool(library.arc_ao_pairs_are_fast())
 
 
 def available_levels() -> list[str]:

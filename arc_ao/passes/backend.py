@@ -29,7 +29,7 @@ class ArcPass(CustomGraphPass):
         self.applied = run_passes(graph)
 
     def uuid(self) -> Any:
-        return get_hash_for_files(SOURCES, f"arc_ao {native.attention_is_fast()}")
+        return get_hash_for_files(SOURCES, f"arc_ao {native.pairs_are_fast()}")
 
 
 ARC_PASS = ArcPass()

@@ -12,6 +12,7 @@ from arc_ao.passes.fuse_silu_mul import fuse_silu_mul
 from arc_ao.passes.lower_transforms import fold_input_scale, lower_transforms
 from arc_ao.passes.share_quantize import share_quantize
 from arc_ao.passes.use_native_attention import use_native_attention
+from arc_ao.passes.use_native_linear import use_native_linear
 
 # Sharing comes first: a norm is fused only where one quantization is all that reads it. Scales go
 # into a norm before the norm is looked for.
@@ -26,6 +27,7 @@ PASSES: tuple[Callable[[Graph], int], ...] = (
 ROUNDING_PASSES: tuple[Callable[[Graph], int], ...] = (
     fuse_gelu,
     use_native_attention,
+    use_native_linear,
     fold_query_groups,
 )
 

@@ -27,7 +27,7 @@ from arc_ao.passes.nodes import bound, calls, insert_call, value
 
 def use_native_attention(graph: Graph) -> int:
     """Replace every attention that the kernel serves, where it is the faster one; how many."""
-    if not native.attention_is_fast():
+    if not native.pairs_are_fast():
         return 0
     replaced = 0
     for node in calls(graph, attention):

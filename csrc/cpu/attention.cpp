@@ -15,7 +15,7 @@ namespace {
 
 class Heads {
  public:
-  Heads(const Attention& a, const AttentionKernels& kernels)
+  Heads(const Attention& a, const PairKernels& kernels)
       : a_(a),
         kernels_(kernels),
         pairs_(divide_up(a.keys, 2)),
@@ -77,7 +77,7 @@ class Heads {
   }
 
   const Attention& a_;
-  const AttentionKernels& kernels_;
+  const PairKernels& kernels_;
   const int64_t pairs_;
   Scratch<uint16_t> values_;
 };
@@ -85,7 +85,7 @@ class Heads {
 }  // namespace
 
 void attention(const Attention& a) {
-  Heads heads(a, attention_kernels());
+  Heads heads(a, pair_kernels());
   heads.pack_values();
   heads.attend();
 }

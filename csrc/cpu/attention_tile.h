@@ -2,15 +2,14 @@
 //
 // Queries are lanes. Scores and sums are kept transposed, [keys, queries] and [channels, queries], so
 // that keys are read where they lie, four bytes (two channels) at a time, and the softmax runs down
-// the vectors. `Dot` adds the products of a pair of bf16 numbers with 16 pairs.
+// the vectors.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <utility>
 
-#include "kernels.h"
-#include "simd.h"
+#include "pairs.h"
 
 namespace {
 
@@ -20,14 +19,6 @@ using arc::kChunkKeys;
 constexpr int kVectors = arc::kTileQueries / kLanes;
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr int32_t kMinusInf = int32_t(0xFF800000);
-
-// Pairs of bf16 multiplied and added in fp32.
-struct PlainDot {
-  static f32x16 add(f32x16 sum, uint32_t pair, u32x16 pairs) {
-    sum = sum + splat(bits<float>(pair << 16)) * bits<f32x16>(pairs << 16);
-    return sum + splat(bits<float>(pair & 0xFFFF0000)) * bits<f32x16>(pairs & 0xFFFF0000);
-  }
-};
 
 // Rows of numbers against packed pairs [steps, V * 16, 2]: c [rows, V * 16] += a b, or = a b.
 struct PairProduct {
@@ -52,7 +43,7 @@ inline void multiply_pair_rows(const PairProduct& p, int64_t row) {
     u32x16 pairs[V];
     for (int v = 0; v < V; ++v) pairs[v] = load<u32x16>(p.b + (s * V + v) * 2 * kLanes);
     for (int r = 0; r < Rows; ++r) {
-      const uint32_t pair = load<uint32_t>(a + r * p.row_stride);
+      const u32x16 pair = u32x16{} + load<uint32_t>(a + r * p.row_stride);
       for (int v = 0; v < V; ++v) acc[r][v] = Dot::add(acc[r][v], pair, pairs[v]);
     }
   }
@@ -89,14 +80,6 @@ inline void transpose(u32x16 rows[kLanes]) {
   transpose_step<2>(rows);
   transpose_step<4>(rows);
   transpose_step<8>(rows);
-}
-
-// As many bytes as there are of a vector, zeros behind them.
-inline u32x16 load_some(const void* p, int64_t bytes) {
-  if (bytes >= 64) return load<u32x16>(p);
-  alignas(64) char padded[64] = {};
-  std::memcpy(padded, p, bytes);
-  return load<u32x16>(padded);
 }
 
 // 2^x for x <= 0, 0 below -126.5; relative error 2e-7. Polynomial of Cephes' exp2f.

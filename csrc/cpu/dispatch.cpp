@@ -23,7 +23,7 @@ extern const Kernels kAVX512;
 #endif
 #if defined(ARC_AO_AVX512) && defined(ARC_AO_AVX512BF16)
 #define ARC_AO_PAIR_PRODUCTS
-extern const AttentionKernels kAttentionBF16;
+extern const PairKernels kPairsBF16;
 #endif
 #if defined(ARC_AO_AMX) && defined(ARC_AO_AVX512)
 #define ARC_AO_TILES
@@ -139,11 +139,11 @@ bool has_pair_products() {
 
 const Kernels& kernels() { return *current().load(std::memory_order_relaxed); }
 
-const AttentionKernels& attention_kernels() {
+const PairKernels& pair_kernels() {
 #ifdef ARC_AO_PAIR_PRODUCTS
-  if (has_pair_products()) return kAttentionBF16;
+  if (has_pair_products()) return kPairsBF16;
 #endif
-  return *kernels().attention;
+  return *kernels().pairs;
 }
 
 }  // namespace arc
@@ -159,7 +159,7 @@ int arc_ao_set_cpu_level(const char* name) {
 
 const char* arc_ao_cpu_level() { return arc::kernels().name; }
 
-int arc_ao_attention_is_fast() { return arc::has_pair_products() && !arc::kernels().tiles; }
+int arc_ao_pairs_are_fast() { return arc::has_pair_products() && !arc::kernels().tiles; }
 
 const char* arc_ao_cpu_features() {
   static const std::string text = [] {

@@ -8,8 +8,8 @@ namespace arc {
 // Kernels of the chosen level. ARC_AO_CPU_LEVEL=portable|avx2|avx512|amx caps it at start.
 const Kernels& kernels();
 
-// The same for attention: from AVX-512 on, with dot products of bf16 where the machine has them.
-const AttentionKernels& attention_kernels();
+// The same for products of bf16: from AVX-512 on, by dot products where the machine has them.
+const PairKernels& pair_kernels();
 
 }  // namespace arc
 
@@ -18,8 +18,8 @@ extern "C" {
 // Cap the level from now on; returns 0, or -1 for an unknown name. For tests and comparisons.
 int arc_ao_set_cpu_level(const char* name);
 const char* arc_ao_cpu_level();     // what runs
-// Whether arc::attention is measured to be faster than PyTorch's own on this machine, at this level.
-int arc_ao_attention_is_fast();
+// Whether these have been measured to be faster than PyTorch's own on this machine, at this level.
+int arc_ao_pairs_are_fast();
 const char* arc_ao_cpu_features();  // what the machine has and the build lacks, for people
 }
 #pragma GCC visibility pop

@@ -96,11 +96,21 @@ struct AttentionTile {
   float *scores, *sums;
 };
 
-struct AttentionKernels {
+// A few rows of bf16 times a weight: y[m, n] = x[m] . w[n] + bias[n], rounded once.
+struct LinearRows {
+  const uint16_t *x, *w, *bias;  // [rows, channels], [cols, channels], [cols] or null
+  uint16_t* y;                   // [rows, cols]
+  int64_t rows, cols, channels, x_stride, w_stride, y_stride;
+};
+constexpr int64_t kLinearRows = 8;  // at most
+
+// On numbers in bf16, which nothing quantizes.
+struct PairKernels {
   // Rows 2 j and 2 j + 1 of the values side by side; a missing last row (null) is zeros.
   void (*pack_values)(
       const uint16_t* first, const uint16_t* second, int64_t channels, uint16_t* packed);
   void (*attend)(const AttentionTile& tile);
+  void (*linear_rows)(const LinearRows& p);
 };
 
 // Operands of a matrix unit with tile registers: runs of tiles of 16 rows of 64 bytes. A strip is 32
@@ -181,7 +191,7 @@ struct Kernels {
   // products [rows, stride] of one panel, scaled and rounded.
   void (*store_products)(const float* products, int64_t stride, const Output& out);
 
-  const AttentionKernels* attention;
+  const PairKernels* pairs;
   const DecodedKernels* decoded = nullptr;  // null where dot_panel serves many rows, too
   const TileKernels* tiles = nullptr;       // null where there are no tile registers
 };

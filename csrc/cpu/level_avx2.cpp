@@ -3,6 +3,7 @@
 
 #include "attention_tile.h"
 #include "dot_common.h"
+#include "linear_rows.h"
 #include "producer_rows.h"
 
 namespace {
@@ -81,7 +82,7 @@ void dot_panel(
   }
 }
 
-const arc::AttentionKernels kAttention = {pack_values, attend<PlainDot>};
+const arc::PairKernels kPairs = {pack_values, attend<PlainDot>, linear_rows<PlainDot>};
 
 }  // namespace
 
@@ -90,6 +91,6 @@ namespace arc {
 extern const Kernels kAVX2;
 const Kernels kAVX2 = {
     "avx2", load_row, store_row, quantize_row, add_row, silu_mul_row, gelu_row, norm_row,
-    unpack_activations, pack_panel, dot_panel, store_products, &kAttention};
+    unpack_activations, pack_panel, dot_panel, store_products, &kPairs};
 
 }  // namespace arc

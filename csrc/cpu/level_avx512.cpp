@@ -3,6 +3,7 @@
 
 #include "attention_tile.h"
 #include "dot_common.h"
+#include "linear_rows.h"
 #include "producer_rows.h"
 
 namespace {
@@ -212,7 +213,7 @@ void multiply(const Activations& a, int64_t rows, const DecodedChunk& w, float* 
 
 const arc::DecodedKernels kDecoded = {decode_panel, multiply};
 
-const arc::AttentionKernels kAttention = {pack_values, attend<PlainDot>};
+const arc::PairKernels kPairs = {pack_values, attend<PlainDot>, linear_rows<PlainDot>};
 
 }  // namespace
 
@@ -221,6 +222,6 @@ namespace arc {
 extern const Kernels kAVX512;
 const Kernels kAVX512 = {
     "avx512", load_row, store_row, quantize_row, add_row, silu_mul_row, gelu_row, norm_row,
-    unpack_row, pack_panel, dot_panel, store_products, &kAttention, &kDecoded};
+    unpack_row, pack_panel, dot_panel, store_products, &kPairs, &kDecoded};
 
 }  // namespace arc

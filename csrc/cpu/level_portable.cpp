@@ -1,11 +1,12 @@
 // The level that every machine has: vector types compiled for the baseline instruction set.
 #include "attention_tile.h"
 #include "dot_common.h"
+#include "linear_rows.h"
 #include "producer_rows.h"
 
 namespace {
 
-const arc::AttentionKernels kAttention = {pack_values, attend<PlainDot>};
+const arc::PairKernels kPairs = {pack_values, attend<PlainDot>, linear_rows<PlainDot>};
 
 }  // namespace
 
@@ -14,6 +15,6 @@ namespace arc {
 extern const Kernels kPortable;
 const Kernels kPortable = {
     "portable", load_row, store_row, quantize_row, add_row, silu_mul_row, gelu_row, norm_row,
-    unpack_activations, pack_panel, dot_panel_plain, store_products, &kAttention};
+    unpack_activations, pack_panel, dot_panel_plain, store_products, &kPairs};
 
 }  // namespace arc
