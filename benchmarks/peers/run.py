@@ -31,7 +31,7 @@ from peers import environments, peer_io  # noqa: E402
 
 # Recipes that make a row of the record; what they mean is in with_<peer>.py.
 PEERS: dict[str, list[str]] = {
-    "llmcompressor": ["rtn", "rtn-mse", "gptq", "awq"],
+    "llmcompressor": ["rtn", "rtn-mse", "rtn-expanded-mse", "gptq", "gptq-expanded-mse", "awq"],
     "modelopt": ["max", "max-builtin", "mse", "awq_lite", "svdquant"],
 }
 Kind = Literal["encoder", "decoder"]

@@ -5,7 +5,9 @@ caller's batches as they are:
 
     rtn        amax block scales, static outer scale of activations
     rtn-mse    as rtn, ranges of weight blocks by the observer `memoryless_mse`
+    rtn-expanded-mse   the same by `nvfp4_expanded_mse`, which tries wider ranges, too
     gptq       GPTQModifier
+    gptq-expanded-mse  the same, ranges by `nvfp4_expanded_mse`
     awq        AWQModifier, then as rtn
 """
 
@@ -23,6 +25,11 @@ from torch.utils.data import DataLoader
 
 IGNORE = [f"re:.*{name}.*" for name in NOT_QUANTIZED]
 PLAIN = {"scheme": "NVFP4", "targets": "Linear", "ignore": IGNORE}
+OBSERVERS = {  # of weights, other than the preset's
+    "rtn-mse": "memoryless_mse",
+    "rtn-expanded-mse": "nvfp4_expanded_mse",
+    "gptq-expanded-mse": "nvfp4_expanded_mse",
+}
 # BERT has no registered mapping. Its norms feed the residual stream, too, and GELU lies between the
 # linears of its MLP: of AWQ's pairs only this one changes nothing before quantization.
 BERT_MAPPINGS = [AWQMapping("re:.*self.value$", ["re:.*attention.output.dense$"])]
@@ -33,16 +40,19 @@ def modifiers(recipe: str, kind: str) -> list[Any]:
     """The package's recipe; ValueError for an unknown name."""
     if recipe == "rtn":
         return [QuantizationModifier(**PLAIN)]
-    if recipe == "rtn-mse":
+    if recipe in OBSERVERS:
         scheme = preset_name_to_scheme("NVFP4", ["Linear"])
-        scheme.weights.observer = "memoryless_mse"
-        return [QuantizationModifier(config_groups={"group_0": scheme}, ignore=IGNORE)]
+        scheme.weights.observer = OBSERVERS[recipe]
+        modifier = GPTQModifier if recipe.startswith("gptq") else QuantizationModifier
+        return [modifier(config_groups={"group_0": scheme}, ignore=IGNORE)]
     if recipe == "gptq":
         return [GPTQModifier(**PLAIN)]
     if recipe == "awq":
         mappings = BERT_MAPPINGS if kind == "encoder" else None
         return [AWQModifier(mappings=mappings), QuantizationModifier(**PLAIN)]
-    raise ValueError(f"llmcompressor: expected rtn, rtn-mse, gptq or awq, got {recipe!r}")
+    raise ValueError(
+        f"llmcompressor: expected rtn, gptq, awq or one of {list(OBSERVERS)}, got {recipe!r}"
+    )
 
 
 def quantize(
