@@ -45,6 +45,8 @@ INPUT_TENSORS = (
 # What x goes through before it is quantized, and beside it; part of the same digest.
 TRANSFORM_TENSORS = ("input_scale", "rotation", "down")
 
+FLAT = "_flat"  # where an ARCTensor keeps what __tensor_flatten__ returned
+
 
 class ARCTensor(TorchAOBaseTensor):
     """Weight [N, K] in NVFP4 with augmented residual channels.
@@ -143,6 +145,26 @@ class ARCTensor(TorchAOBaseTensor):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
+
+    def __tensor_flatten__(self) -> tuple[tuple[str, ...], dict[str, Any]]:
+        """Names of the inner tensors that are there, and the attributes; callers change neither.
+
+        Kept until an attribute is set: before every call of a compiled model, the guards of
+        torch.compile ask each weight twice.
+        """
+        flat = self.__dict__.get(FLAT)
+        if flat is None:
+            names, attributes = super().__tensor_flatten__()
+            flat = self.__dict__[FLAT] = (tuple(names), attributes)
+        return flat
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.__dict__.pop(FLAT, None)
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: all but the kept answer, which is made again."""
+        return {name: value for name, value in self.__dict__.items() if name != FLAT}
 
     @property
     def base_blocks(self) -> int:

@@ -15,6 +15,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # scripts, not a package
 
 import bench_cpu_gemm  # noqa: E402
+import bench_guards  # noqa: E402
 import cpu_providers  # noqa: E402
 import probes  # noqa: E402
 import timing  # noqa: E402
@@ -109,6 +110,15 @@ def test_gemm_benchmark_runs(capsys, monkeypatch):
     verdicts = {line["name"]: line["verdict"] for line in result["acceptance"]}
     assert verdicts["M=1 warm, speedup over int8"] == "not measured"
     assert verdicts["M=1 cold, of read bandwidth"] in ("PASS", "FAIL")
+
+
+def test_guard_benchmark_runs(capsys):
+    """Every variant is compiled once: a sample in another state of the weights would raise."""
+    assert bench_guards.main(["--linears", "2", "--budget", "0.0", "--rounds", "2"]) == 0
+    seconds = json.loads(capsys.readouterr().out.splitlines()[-1])["seconds"]
+    both = ["bf16, unguarded", "arc_ao, unguarded"]
+    assert list(seconds) == ["bf16", "arc_ao", "made anew", *both]
+    assert all(times["warm"] > 0 and times["cold"] > 0 for times in seconds.values())
 
 
 @pytest.mark.slow

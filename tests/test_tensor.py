@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torchao.prototype.safetensors import safetensors_support
 
 from arc_ao import ARCConfig, ARCTensor
@@ -57,6 +58,9 @@ def assert_same(left: Tensor, right: Tensor) -> None:
     assert left.__tensor_flatten__() == right.__tensor_flatten__()
     for name in left.__tensor_flatten__()[0]:
         assert torch.equal(getattr(left, name), getattr(right, name)), name
+    for tensor in (left, right):
+        kept = tensor.__tensor_flatten__()[1]
+        assert kept == {name: getattr(tensor, name) for name in ARCTensor.tensor_attribute_names}
 
 
 @pytest.fixture(params=VARIANTS.values(), ids=VARIANTS)
@@ -168,6 +172,45 @@ def test_state_dict_round_trips(tensor, assign, tmp_path):
     assert_same(other.weight.data, tensor)
     assert_same(copy.deepcopy(module).weight.data, tensor)
     assert torch.equal(other(inputs()), module(inputs()))
+
+
+def test_what_flatten_returns_is_kept_until_an_attribute_is_set(tensor):
+    """Guards ask for it before every call; files know nothing of it."""
+    names, attributes = kept = tensor.__tensor_flatten__()
+    assert tensor.__tensor_flatten__() is kept
+    state = tensor.__getstate__()
+    assert set(names) | set(attributes) <= set(state)
+    assert set(state) == {*ARCTensor.tensor_attribute_names, *ARCTensor.tensor_data_names} | set(
+        ARCTensor.optional_tensor_data_names
+    )
+    tensor.act_outer_scale, tensor.input_plan = torch.tensor([0.5]), "other"
+    names, attributes = tensor.__tensor_flatten__()
+    assert "act_outer_scale" in names and attributes["input_plan"] == "other"
+    assert "act_outer_scale" in copy.deepcopy(tensor).__tensor_flatten__()[0]
+
+
+def test_a_compiled_linear_follows_its_weight():
+    """Other values need no compilation; other blocks, settings or layouts do."""
+    torch._dynamo.reset()
+    module, x = linear(quantized(make_weight())).requires_grad_(False), inputs()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, backend=counter, dynamic=False)
+
+    def compilations(weight: Tensor | None = None) -> int:
+        before = counter.frame_count
+        if weight is not None:
+            module.weight = nn.Parameter(weight, requires_grad=False)
+        assert torch.equal(compiled(x), module(x))
+        return counter.frame_count - before
+
+    assert compilations() == 1 and compilations() == 0
+    assert compilations(quantized(make_weight() * 2)) == 0
+    blocks = [{"act_blocks": (0, 3)}, {"act_blocks": (1,)}, {"weight_blocks": (3,)}]
+    for other in (*blocks, VARIANTS["static"]):
+        assert compilations(quantized(make_weight(), **other)) == 1, other
+    assert compilations(quantized(make_weight()).to_layout("panels")) == 1
+    module.weight.four_over_six = True
+    assert compilations() == 1
 
 
 def test_safetensors_round_trip(tensor, tmp_path):
