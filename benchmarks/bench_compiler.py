@@ -12,7 +12,6 @@ document.
 
 import argparse
 import copy
-import json
 import statistics
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import Line, all_passed, machine_header, print_header, print_lines
+from timing import Line, conclude, machine_header, print_header
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
@@ -178,12 +177,7 @@ def main(argv: list[str] | None = None) -> int:
     header = machine_header(vars(args))
     print_header(header)
     lines, figures = measure(args)
-    print_lines(lines)
-    passed = all_passed(lines)
-    documents = [line.document() for line in lines]
-    document = {"benchmark": "bench_compiler", **header, **figures}
-    print(json.dumps(document | {"acceptance": documents, "passed": passed}))
-    return 1 if args.check and not passed else 0
+    return conclude({"benchmark": "bench_compiler", **header, **figures}, lines, args.check)
 
 
 if __name__ == "__main__":

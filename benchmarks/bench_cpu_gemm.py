@@ -20,7 +20,6 @@ document.
 
 import argparse
 import contextlib
-import json
 import sys
 from typing import Any
 
@@ -34,11 +33,10 @@ from timing import (
     Line,
     Sampler,
     Timing,
-    all_passed,
+    conclude,
     interleaved,
     machine_header,
     print_header,
-    print_lines,
     sampler,
 )
 from torch import Tensor
@@ -274,12 +272,7 @@ def main(argv: list[str] | None = None) -> int:
     print_table(results["cells"], shape)
     print_ceilings(results["cells"])
     lines = acceptance(results["cells"], results["quantize_gb_per_second"])
-    print_lines(lines)
-    passed = all_passed(lines)
-    documents = [line.document() for line in lines]
-    document = {"benchmark": "bench_cpu_gemm", **header, **results, "acceptance": documents}
-    print(json.dumps(document | {"passed": passed}))
-    return 1 if args.check and not passed else 0
+    return conclude({"benchmark": "bench_cpu_gemm", **header, **results}, lines, args.check)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ import torch
 from peak_memory import MIB, peak_of, settle
 from rich.console import Console
 from rich.table import Table
-from timing import Line, all_passed, machine_header, print_header, print_lines, summarize
+from timing import Line, conclude, machine_header, print_header, summarize
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, StaticCache
 
@@ -280,12 +280,8 @@ def main(argv: list[str] | None = None) -> int:
     title = f"Llama, {args.layers} layers of {args.hidden}/{args.intermediate}"
     print_table(variants, f"{title}, {args.threads} threads")
     lines = acceptance(variants)
-    print_lines(lines)
-    passed = all_passed(lines)
-    documents = [line.document() for line in lines]
     document = {"benchmark": "bench_cpu_model", **header, "variants": variants}
-    print(json.dumps(document | {"acceptance": documents, "passed": passed}))
-    return 1 if args.check and not passed else 0
+    return conclude(document, lines, args.check)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ The last line of stdout is one JSON document.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -37,7 +36,7 @@ from peak_memory import MIB
 from peers import environments
 from rich.console import Console
 from rich.table import Table
-from timing import Line, all_passed, machine_header, print_header, print_lines
+from timing import Line, conclude, machine_header, print_header
 
 PEER = "llama_cpp"
 RUNNER = Path(__file__).resolve().parent / "peers" / "with_llama_cpp.py"
@@ -196,12 +195,7 @@ def main(argv: list[str] | None = None) -> int:
     title = f"Llama, {args.layers} layers of {args.hidden}/{args.intermediate}"
     print_table(rows, f"{title}, {args.threads} threads")
     lines = acceptance(rows)
-    print_lines(lines)
-    passed = all_passed(lines)
-    documents = [line.document() for line in lines]
-    document = {"benchmark": "bench_llama_cpp", **header, "rows": rows}
-    print(json.dumps(document | {"acceptance": documents, "passed": passed}))
-    return 1 if args.check and not passed else 0
+    return conclude({"benchmark": "bench_llama_cpp", **header, "rows": rows}, lines, args.check)
 
 
 if __name__ == "__main__":

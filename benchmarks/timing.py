@@ -6,6 +6,7 @@ Providers are timed in turns, so that a neighbour's load or a drifting clock mee
     reported  = median over the rounds          spread = (max - min) / median
 """
 
+import json
 import os
 import statistics
 import subprocess
@@ -157,3 +158,13 @@ def print_lines(lines: Iterable[Line]) -> None:
 def all_passed(lines: Iterable[Line]) -> bool:
     """True unless a line failed; what was not measured does not fail."""
     return all(line.verdict != "FAIL" for line in lines)
+
+
+def conclude(document: dict[str, Any], lines: list[Line], check: bool) -> int:
+    """Print the acceptance lines, then the document with them as the last line of stdout; the exit
+    code, 1 where one of them failed and `check` asks for it."""
+    print_lines(lines)
+    passed = all_passed(lines)
+    documents = [line.document() for line in lines]
+    print(json.dumps(document | {"acceptance": documents, "passed": passed}))
+    return 1 if check and not passed else 0

@@ -23,14 +23,6 @@ SHAPES = {  # B, H, Hk, T, L, D, Dv
 }
 
 
-@pytest.fixture(params=native.LEVELS)
-def level(request):
-    if request.param not in native.available_levels():
-        pytest.skip(f"this machine or build has {native.available_levels()}")
-    with native.capped_at(request.param):
-        yield request.param
-
-
 def tensors(shape: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Query and value as views of [B, rows, heads, channels], key in standard order."""
     batch, heads, key_heads, queries, keys, channels, value_channels = shape

@@ -14,14 +14,6 @@ if native.load() is None:
     pytest.skip(f"no native kernels: {native.reason_absent()}", allow_module_level=True)
 
 
-@pytest.fixture(params=native.LEVELS)
-def level(request):
-    if request.param not in native.available_levels():
-        pytest.skip(f"this machine or build has {native.available_levels()}")
-    with native.capped_at(request.param):
-        yield request.param
-
-
 def tensors(rows: int, cols: int, channels: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     make = lambda *sizes: torch.randn(*sizes, generator=generator).bfloat16()

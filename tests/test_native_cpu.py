@@ -30,15 +30,6 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 EMPTY = torch.zeros(0, dtype=torch.int32)
 
 
-@pytest.fixture(params=native.LEVELS)
-def level(request):
-    if request.param not in LEVELS:
-        pytest.skip(f"this machine or build has {LEVELS}")
-    with native.capped_at(request.param):
-        assert native.cpu_level() == request.param
-        yield request.param
-
-
 def ids(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
