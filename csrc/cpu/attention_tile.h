@@ -7,9 +7,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <utility>
 
-#include "pairs.h"
+#include "pair_products.h"
+#include "transpose.h"
 
 namespace {
 
@@ -19,68 +19,6 @@ using arc::kChunkKeys;
 constexpr int kVectors = arc::kTileQueries / kLanes;
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr int32_t kMinusInf = int32_t(0xFF800000);
-
-// Rows of numbers against packed pairs [steps, V * 16, 2]: c [rows, V * 16] += a b, or = a b.
-struct PairProduct {
-  const uint16_t* a;
-  int64_t row_stride, step_stride, rows, steps;
-  const uint16_t* b;
-  float* c;
-  bool add;
-};
-
-template <class Dot, int V, int Rows>
-inline void multiply_pair_rows(const PairProduct& p, int64_t row) {
-  f32x16 acc[Rows][V];
-  float* c = p.c + row * V * kLanes;
-  for (int r = 0; r < Rows; ++r) {
-    for (int v = 0; v < V; ++v) {
-      acc[r][v] = p.add ? load<f32x16>(c + (r * V + v) * kLanes) : f32x16{};
-    }
-  }
-  const uint16_t* a = p.a + row * p.row_stride;
-  for (int64_t s = 0; s < p.steps; ++s, a += p.step_stride) {
-    u32x16 pairs[V];
-    for (int v = 0; v < V; ++v) pairs[v] = load<u32x16>(p.b + (s * V + v) * 2 * kLanes);
-    for (int r = 0; r < Rows; ++r) {
-      const u32x16 pair = u32x16{} + load<uint32_t>(a + r * p.row_stride);
-      for (int v = 0; v < V; ++v) acc[r][v] = Dot::add(acc[r][v], pair, pairs[v]);
-    }
-  }
-  for (int r = 0; r < Rows; ++r) {
-    for (int v = 0; v < V; ++v) store(c + (r * V + v) * kLanes, acc[r][v]);
-  }
-}
-
-template <class Dot, int V>
-void multiply_pairs(const PairProduct& p) {
-  constexpr int kRows = V == 1 ? 16 : 24 / V;  // as many accumulators as registers hold
-  int64_t row = 0;
-  for (; row + kRows <= p.rows; row += kRows) multiply_pair_rows<Dot, V, kRows>(p, row);
-  for (; row + 4 <= p.rows; row += 4) multiply_pair_rows<Dot, V, 4>(p, row);
-  for (; row < p.rows; ++row) multiply_pair_rows<Dot, V, 1>(p, row);
-}
-
-template <int D, int... J>
-inline void swap_halves(u32x16& a, u32x16& b, std::integer_sequence<int, J...>) {
-  const u32x16 low = __builtin_shufflevector(a, b, (J & D ? kLanes + J - D : J)...);
-  b = __builtin_shufflevector(a, b, (J & D ? kLanes + J : J + D)...);
-  a = low;
-}
-
-template <int D>
-inline void transpose_step(u32x16 rows[kLanes]) {
-  for (int i = 0; i < kLanes; ++i) {
-    if (!(i & D)) swap_halves<D>(rows[i], rows[i + D], std::make_integer_sequence<int, kLanes>{});
-  }
-}
-
-inline void transpose(u32x16 rows[kLanes]) {
-  transpose_step<1>(rows);
-  transpose_step<2>(rows);
-  transpose_step<4>(rows);
-  transpose_step<8>(rows);
-}
 
 // 2^x for x <= 0, 0 below -126.5; relative error 2e-7. Polynomial of Cephes' exp2f.
 inline f32x16 exp2_lanes(f32x16 x) {
