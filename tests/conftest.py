@@ -1,8 +1,13 @@
-"""Fixtures of several test files."""
+"""Fixtures and settings of several test files."""
 
 import pytest
+import torch
 
 from arc_ao.ops import native
+
+# One code object of torch's own stands for every compiled module of a process: tests that compile
+# without a reset between them would use up its 8 recompilations.
+torch._dynamo.config.recompile_limit = 128
 
 
 @pytest.fixture(params=native.LEVELS)
