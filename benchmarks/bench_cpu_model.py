@@ -191,16 +191,21 @@ class Variant:
         return {**self.speeds(prompt), "memory": memory, **self.memory}
 
 
+def take_turns(variants: dict[str, Variant], rounds: int) -> None:
+    """One round of each, as often as asked."""
+    for i in range(rounds):
+        progress(f"round {i + 1} of {rounds}")
+        for variant in variants.values():
+            variant.run()
+
+
 def measure(args: argparse.Namespace, argv: list[str]) -> dict[str, dict[str, float]]:
     """Variants are built one after the other, then timed in turns."""
     variants: dict[str, Variant] = {}
     try:
         for name in VARIANTS:
             variants[name] = Variant(command(name, argv))
-        for i in range(args.rounds):
-            progress(f"round {i + 1} of {args.rounds}")
-            for variant in variants.values():
-                variant.run()
+        take_turns(variants, args.rounds)
     finally:
         for variant in variants.values():
             variant.close()

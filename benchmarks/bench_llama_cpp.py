@@ -31,7 +31,7 @@ from typing import Any
 import bench_cpu_model
 import numpy as np
 import torch
-from bench_cpu_model import FUSED, OURS, Variant, progress
+from bench_cpu_model import FUSED, OURS, Variant, progress, take_turns
 from peak_memory import MIB
 from peers import environments
 from rich.console import Console
@@ -114,10 +114,7 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         try:
             start(args, Path(folder), variants)
-            for i in range(args.rounds):
-                progress(f"round {i + 1} of {args.rounds}")
-                for variant in variants.values():
-                    variant.run()
+            take_turns(variants, args.rounds)
         finally:
             for variant in variants.values():
                 variant.close()

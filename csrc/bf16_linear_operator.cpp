@@ -45,7 +45,7 @@ void bf16_linear_boxed(StableIValue* stack, uint64_t, uint64_t) {
     LinearRows part = all;
     part.w += begin * all.w_stride, part.y += begin, part.cols = end - begin;
     if (part.bias) part.bias += begin;
-    pair_kernels().linear_rows(part);
+    kernels().pairs->linear_rows(part);
   });
   stack[0] = as_value(y.release());
 }

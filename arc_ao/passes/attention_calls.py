@@ -30,6 +30,16 @@ def before_repeat(node: Node) -> Node:
     return narrow.args[0] if as_expected else node
 
 
+def shared_heads(query: Node, key: Node, values: Node) -> tuple[Node, Node] | None:
+    """Keys and values before they were repeated, where both were; None where shapes are unknown."""
+    narrow = before_repeat(key), before_repeat(values)
+    if any(value(x) is None for x in (query, *narrow)):
+        return None
+    heads, few, same = (value(x).shape[1] for x in (query, *narrow))
+    known = all(isinstance(count, int) for count in (heads, few, same))
+    return narrow if known and few == same and heads % few == 0 else (key, values)
+
+
 def only_result_is_read(node: Node) -> bool:
     """Whether nothing reads the log-sum-exp of an attention."""
     return not any(index != 0 and read.users for index, read in outputs(node))

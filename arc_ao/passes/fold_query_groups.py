@@ -15,9 +15,9 @@ from torch.fx import Graph, Node
 
 from arc_ao.passes.attention_calls import (
     attention,
-    before_repeat,
     only_result_is_read,
     replace_result,
+    shared_heads,
 )
 from arc_ao.passes.nodes import aten, bound, calls, insert_call, value
 
@@ -43,13 +43,12 @@ def _grouped(query: Node, key: Node, values: Node) -> tuple[Node, Node] | None:
     """Keys and values before they were repeated, where one query row reads fewer heads of them."""
     if value(query) is None or value(query).dim() != 4 or value(query).shape[2] != 1:
         return None
-    heads = value(query).shape[1]
-    found = [before_repeat(node) for node in (key, values)]
-    shapes = [None if value(node) is None else value(node).shape for node in found]
-    if None in shapes or shapes[0][1] != shapes[1][1]:
+    pair = shared_heads(query, key, values)
+    if pair is None:
         return None
-    few = shapes[0][1]
-    return tuple(found) if isinstance(few, int) and few < heads and heads % few == 0 else None
+    heads, few, same = (value(x).shape[1] for x in (query, *pair))
+    known = isinstance(few, int) and few == same
+    return pair if known and few < heads and heads % few == 0 else None
 
 
 def _same_for_all_heads(mask: Node | None) -> bool:

@@ -79,6 +79,13 @@ def value(node: Any) -> torch.Tensor | None:
     return found if isinstance(found, torch.Tensor) else None
 
 
+def is_cpu_bf16(node: Any, dims: int) -> bool:
+    """Whether a node stands for a tensor in bf16 on the CPU with `dims` dimensions."""
+    x = value(node)
+    on_cpu = x is not None and x.device.type == "cpu"
+    return on_cpu and x.dtype == torch.bfloat16 and x.dim() == dims
+
+
 def value_tuple(node: Node) -> tuple | None:
     """The fake results of a call with several; None where tracing left none."""
     found = node.meta.get("val")

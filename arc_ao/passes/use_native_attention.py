@@ -18,11 +18,11 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from arc_ao.ops import native
 from arc_ao.passes.attention_calls import (
     attention,
-    before_repeat,
     only_result_is_read,
     replace_result,
+    shared_heads,
 )
-from arc_ao.passes.nodes import bound, calls, insert_call, value
+from arc_ao.passes.nodes import bound, calls, insert_call, is_cpu_bf16, value
 
 
 def use_native_attention(graph: Graph) -> int:
@@ -47,30 +47,17 @@ def _arguments(node: Node) -> tuple | None:
     query, mask, causal = given["query"], given["attn_mask"], given["is_causal"]
     if given["dropout_p"] != 0 or (causal and mask is not None):
         return None
-    key, values = _shared_heads(query, given["key"], given["value"])
-    if not all(_is_bf16(x) for x in (query, key, values)) or not _fits(mask, key):
+    pair = shared_heads(query, given["key"], given["value"])
+    if pair is None or not all(is_cpu_bf16(x, dims=4) for x in (query, *pair)):
+        return None
+    key, values = pair
+    if not _fits(mask, key):
         return None
     channels = value(query).shape[-1]
     if not isinstance(channels, int) or channels % 2:
         return None
     scale = given["scale"]
     return query, key, values, mask, causal, 1 / math.sqrt(channels) if scale is None else scale
-
-
-def _shared_heads(query: Node, key: Node, values: Node) -> tuple[Node, Node]:
-    """Keys and values before they were repeated, where both were."""
-    narrow = before_repeat(key), before_repeat(values)
-    if any(value(x) is None for x in (query, *narrow)):
-        return key, values
-    heads, few, same = (value(x).shape[1] for x in (query, *narrow))
-    known = all(isinstance(count, int) for count in (heads, few, same))
-    return narrow if known and few == same and heads % few == 0 else (key, values)
-
-
-def _is_bf16(node: Node) -> bool:
-    x = value(node)
-    on_cpu = x is not None and x.device.type == "cpu"
-    return on_cpu and x.dtype == torch.bfloat16 and x.dim() == 4
 
 
 def _fits(mask: Node | None, key: Node) -> bool:

@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 
 from arc_ao.ops import native
 from arc_ao.ops.bf16_linear import MAX_ROWS
-from arc_ao.passes.nodes import aten, calls, insert_call, is_call, meta_of, value
+from arc_ao.passes.nodes import aten, calls, insert_call, is_call, is_cpu_bf16, meta_of, value
 
 MIN_WEIGHT = 1 << 20  # numbers; smaller ones stay in the caches
 
@@ -45,13 +45,15 @@ def _arguments(node: Node) -> tuple[Node, Node, Node | None] | None:
     else:
         x, transposed = node.args
     weight = _before_transpose(transposed)
-    if weight is None or not all(_is_bf16(n) for n in (x, weight)):
+    if weight is None or not all(is_cpu_bf16(n, dims=2) for n in (x, weight)):
         return None
     rows, shape = value(x).shape[0], value(weight).shape
     known = all(isinstance(size, int) for size in (rows, *shape))
     if not known or not 0 < rows <= MAX_ROWS or shape[0] * shape[1] < MIN_WEIGHT:
         return None
-    if bias is not None and not (_is_bf16(bias) and list(value(bias).shape) == [shape[0]]):
+    if bias is not None and not (
+        is_cpu_bf16(bias, dims=1) and list(value(bias).shape) == [shape[0]]
+    ):
         return None
     return x, weight, bias
 
@@ -64,8 +66,3 @@ def _before_transpose(node: Node) -> Node | None:
     weight = value(node.args[0])
     in_rows = weight is not None and weight.dim() == 2 and weight.stride(1) == 1
     return node.args[0] if in_rows else None
-
-
-def _is_bf16(node: Node) -> bool:
-    x = value(node)
-    return x is not None and x.device.type == "cpu" and x.dtype == torch.bfloat16

@@ -85,7 +85,7 @@ class Heads {
 }  // namespace
 
 void attention(const Attention& a) {
-  Heads heads(a, pair_kernels());
+  Heads heads(a, *kernels().pairs);
   heads.pack_values();
   heads.attend();
 }

@@ -72,10 +72,22 @@ bool has_amx() {
 bool has_amx() { return false; }
 #endif
 
+#ifdef ARC_AO_AVX512
+// With dot products of bf16 where the machine has them.
+const Kernels kBestAVX512 = [] {
+  Kernels kernels = kAVX512;
+#ifdef ARC_AO_PAIR_PRODUCTS
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512bf16")) kernels.pairs = &kPairsBF16;
+#endif
+  return kernels;
+}();
+#endif
+
 #ifdef ARC_AO_TILES
 // AVX-512 for few rows, tiles for many.
 const Kernels kAMX = [] {
-  Kernels kernels = kAVX512;
+  Kernels kernels = kBestAVX512;
   kernels.name = "amx";
   kernels.tiles = &kAMXTiles;
   return kernels;
@@ -90,7 +102,7 @@ const Level kLevels[] = {
     {"avx2", has_avx2, nullptr},
 #endif
 #ifdef ARC_AO_AVX512
-    {"avx512", has_avx512, &kAVX512},
+    {"avx512", has_avx512, &kBestAVX512},
 #else
     {"avx512", has_avx512, nullptr},
 #endif
@@ -125,26 +137,9 @@ std::atomic<const Kernels*>& current() {
   return chosen;
 }
 
-// AVX-512 BF16, where the level is AVX-512 or better.
-bool has_pair_products() {
-#ifdef ARC_AO_PAIR_PRODUCTS
-  static const bool found = __builtin_cpu_supports("avx512bf16");
-  return found && current().load(std::memory_order_relaxed)->decoded;
-#else
-  return false;
-#endif
-}
-
 }  // namespace
 
 const Kernels& kernels() { return *current().load(std::memory_order_relaxed); }
-
-const PairKernels& pair_kernels() {
-#ifdef ARC_AO_PAIR_PRODUCTS
-  if (has_pair_products()) return kPairsBF16;
-#endif
-  return *kernels().pairs;
-}
 
 }  // namespace arc
 
@@ -159,7 +154,13 @@ int arc_ao_set_cpu_level(const char* name) {
 
 const char* arc_ao_cpu_level() { return arc::kernels().name; }
 
-int arc_ao_pairs_are_fast() { return arc::has_pair_products() && !arc::kernels().tiles; }
+int arc_ao_pairs_are_fast() {
+#ifdef ARC_AO_PAIR_PRODUCTS
+  return arc::kernels().pairs == &arc::kPairsBF16 && !arc::kernels().tiles;
+#else
+  return 0;
+#endif
+}
 
 const char* arc_ao_cpu_features() {
   static const std::string text = [] {

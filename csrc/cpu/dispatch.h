@@ -8,9 +8,6 @@ namespace arc {
 // Kernels of the chosen level. ARC_AO_CPU_LEVEL=portable|avx2|avx512|amx caps it at start.
 const Kernels& kernels();
 
-// The same for products of bf16: from AVX-512 on, by dot products where the machine has them.
-const PairKernels& pair_kernels();
-
 }  // namespace arc
 
 #pragma GCC visibility push(default)
