@@ -15,7 +15,7 @@ Granularity = Literal["block", "channel"]
 Selection = Literal["energy", "threshold"]
 Smooth = Literal["none", "flatten", "search", "awq"]
 Branch = Literal["svd", "arhq"]
-Recipe = Literal["auto", "best", "balanced", "paper", "plain"]
+Recipe = Literal["auto", "best", "tuned", "balanced", "paper", "plain"]
 WeightScale = Literal["amax", "mse", "four_over_six", "local_hessian"]
 Rounding = Literal["nearest", "gptq"]
 LayerWeights = Literal["equal", "measured"]
@@ -63,7 +63,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 SAMPLE_TOKENS = 2048  # input rows kept a layer where means over single channels do not suffice
 RECIPES["auto"] = RECIPES["balanced"] | {"layer_weights": "measured"}
 RECIPES["best"] = RECIPES["auto"] | {"rounding": "gptq"}
-SEARCHING = ("auto", "best")
+RECIPES["tuned"] = RECIPES["best"]  # and then trained (methods/tuning)
+SEARCHING = ("auto", "best", "tuned")
 SEARCHED_FIELDS = ("channel_order", "granularity", "exchange_rate", "four_over_six")
 # What activation="bf16" leaves of the choices: only weights have residuals, in their own order.
 WEIGHT_ONLY: dict[str, Any] = {
@@ -106,7 +107,8 @@ class ARCConfig(AOBaseConfig):
             all layers compete for it. 0 is plain NVFP4. None, with selection "threshold": the
             paper's rule (channels with amax > 2^-3 of the layer's, rounded up to 64).
         recipe: "auto" (measure, with layers weighed by measured sensitivity), "best" (the same, and
-            weights rounded by GPTQ), "balanced" (no search, no reordering), "paper" (ARCQuant as
+            weights rounded by GPTQ), "tuned" (best, and then codes and norms trained against the
+            unquantized model's output, methods/tuning), "balanced" (no search, no reordering), "paper" (ARCQuant as
             published: sorted channels, activation residuals, amax scales), "plain" (NVFP4 with amax
             scales; the budget is 0 unless numbers of channels are given).
         selection: rank blocks by the output error they remove ("energy") or by amax ("threshold").
@@ -140,6 +142,7 @@ class ARCConfig(AOBaseConfig):
         branch: how it is found: "svd" (SVDQuant) or "arhq".
         branch_iterations: decompositions after the first that may be tried; 0 also leaves the
             branch out of the search of channel scales.
+        tuning_minutes: of wall time that recipe "tuned" trains for at most.
         pad_in_features: pad in_features that are not a multiple of 16 instead of skipping the
             layer.
         activation: "nvfp4" quantizes activations (W4A4); "bf16" leaves them as they are (W4A16):
@@ -169,6 +172,7 @@ class ARCConfig(AOBaseConfig):
     rank: int = 0
     branch: Branch = "svd"
     branch_iterations: int = 100
+    tuning_minutes: float = 20.0
     pad_in_features: bool = False
     activation: Activation = "nvfp4"
     step: Step | None = None
@@ -236,6 +240,10 @@ class ARCConfig(AOBaseConfig):
                 f"ARCConfig.damping is relative to the Hessian's mean diagonal, expected more than "
                 f"0 and at most 10, got {self.damping!r}"
             )
+        if not (isinstance(self.tuning_minutes, (int, float)) and self.tuning_minutes > 0):
+            raise ValueError(
+                f"ARCConfig.tuning_minutes must be more than 0, got {self.tuning_minutes!r}"
+            )
         for field in ("num_act_channels", "num_weight_channels"):
             value = getattr(self, field)
             if value is None:
@@ -285,6 +293,11 @@ class ARCConfig(AOBaseConfig):
     def mixes(self) -> bool:
         """True where layers get methods of their own (config_budget.py)."""
         return False
+
+    @property
+    def tunes(self) -> bool:
+        """True where codes are trained after they were found."""
+        return self.recipe == "tuned"
 
     @property
     def weighs_layers(self) -> bool:

@@ -3,6 +3,7 @@
     fingerprint.json             digests of model, config and data that the work belongs to
     calibration.safetensors      statistics of every input; what the search measured
     block_00003.safetensors      quantized weights of one block
+    tuning.safetensors           how far training the codes has come
 
 A file is written under another name, flushed and renamed: it is complete or absent, also after
 SIGKILL. What a rerun takes over equals what it would compute again, bit for bit, on the same
@@ -29,6 +30,7 @@ from arc_ao.calibration.data import Batch
 from arc_ao.tensor import ARCTensor
 
 FINGERPRINT, CALIBRATION = "fingerprint.json", "calibration.safetensors"
+TUNING = "tuning.safetensors"
 FORMAT = "1"  # raised whenever the same inputs give other bits
 
 
@@ -129,6 +131,15 @@ class WorkDir:
             return None
         weights, _ = unflatten_tensor_state_dict(*loaded)
         return {name.removesuffix(".weight"): weight for name, weight in weights.items()}
+
+    def save_tuning(self, tensors: dict[str, Tensor], notes: Any) -> None:
+        """Keep the state of a training run: tensors by name, and notes (JSON)."""
+        self._save(TUNING, tensors, {"notes": json.dumps(notes)})
+
+    def load_tuning(self) -> tuple[dict[str, Tensor], Any] | None:
+        """What `save_tuning` kept, or None."""
+        loaded = self._load(TUNING)
+        return None if loaded is None else (loaded[0], json.loads(loaded[1]["notes"]))
 
     def _save(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         copies = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
