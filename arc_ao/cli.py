@@ -94,8 +94,11 @@ def _add_quantize(commands: Any) -> None:
     )
     quantize.add_argument(
         "--recipe",
-        choices=("auto", "best", "balanced", "paper", "plain"),
-        help="default: auto; with --extra-bits balanced, or best",
+        choices=("auto", "best", "tuned", "balanced", "paper", "plain"),
+        help="default: auto; with --extra-bits balanced, or best, or tuned",
+    )
+    quantize.add_argument(
+        "--tuning-minutes", type=float, help="at most, with --recipe tuned; default: 20"
     )
     quantize.add_argument(
         "--rounding", choices=("nearest", "gptq"), help="of weights; default: the recipe's"
@@ -163,7 +166,8 @@ def _quantize(args: argparse.Namespace) -> None:
     from arc_ao.shipped import CALIBRATION_TEXT
 
     check_output(args.output)
-    given = {name: getattr(args, name) for name in ("budget", "recipe", "rounding", "extra_bits")}
+    fields = ("budget", "recipe", "rounding", "extra_bits", "tuning_minutes")
+    given = {name: getattr(args, name) for name in fields}
     given = {name: value for name, value in given.items() if value is not None}
     kind = ARCConfig if args.extra_bits is None else BudgetConfig
     config = kind(pad_in_features=args.pad_in_features, **given)

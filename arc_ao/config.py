@@ -108,9 +108,9 @@ class ARCConfig(AOBaseConfig):
             paper's rule (channels with amax > 2^-3 of the layer's, rounded up to 64).
         recipe: "auto" (measure, with layers weighed by measured sensitivity), "best" (the same, and
             weights rounded by GPTQ), "tuned" (best, and then codes and norms trained against the
-            unquantized model's output, methods/tuning), "balanced" (no search, no reordering), "paper" (ARCQuant as
-            published: sorted channels, activation residuals, amax scales), "plain" (NVFP4 with amax
-            scales; the budget is 0 unless numbers of channels are given).
+            unquantized model's output, methods/tuning), "balanced" (no search, no reordering),
+            "paper" (ARCQuant as published: sorted channels, activation residuals, amax scales),
+            "plain" (NVFP4 with amax scales; the budget is 0 unless numbers of channels are given).
         selection: rank blocks by the output error they remove ("energy") or by amax ("threshold").
         channel_order: "none", or "amax" for a per-layer sort of the channels at run time.
         granularity: activation residuals of 16-channel blocks ("block", nothing extra stored) or

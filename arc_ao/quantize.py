@@ -34,6 +34,7 @@ from arc_ao.memory import release_memory
 from arc_ao.methods.measured import load_sessions, save_sessions
 from arc_ao.methods.plan import weight_amax
 from arc_ao.methods.recipe import Trial
+from arc_ao.methods.tuning.session import tuning_session
 from arc_ao.methods.weights import quantize_weight
 from arc_ao.planning import measure_session, plan_session, plan_unsearched, refuse_one_call
 from arc_ao.summary import QuantizationSummary, model_bytes, summarize
@@ -94,11 +95,14 @@ def quantize_(
     batches = None
     if calibration_data is not None:
         batches = to_batches(calibration_data, tokenizer, max_length)
+    tuning = tuning_session(arc_groups, batches)
     work = None
     if work_dir is not None:
         work = WorkDir(work_dir, fingerprint(model, targets.configs, batches or []))
     with _unchanged_on_error(model):
         resolved = _calibrate_and_resolve(model, arc_groups, batches, work, progress)
+        if tuning is not None:
+            tuning.record(model, set(targets.modules.values()), progress=progress)
         for layer_config, modules in groups:
             if id(layer_config) not in resolved:
                 _apply(model, layer_config, modules)  # another library's config
@@ -106,10 +110,11 @@ def quantize_(
     if any(final.needs_hessian for final, *_ in resolved.values()):
         convert_blocks(model, sessions, batches, _swap_weight, work=work, progress=progress)
     _convert_groups([(resolved[id(c)][0], modules) for c, modules in arc_groups], progress)
+    tuned = None if tuning is None else tuning.run(model, work, progress)
     attach_quantizer(model)
     choices = {name: found for session in sessions for name, found in session.choices.items()}
     tried = [(final, trials) for final, trials, _ in resolved.values()]
-    return summarize(model, tried, targets.skipped, before, choices)
+    return summarize(model, tried, targets.skipped, before, choices, tuned)
 
 
 def _calibrate_and_resolve(

@@ -9,6 +9,7 @@ from torchao.core.config import config_to_dict
 from arc_ao.config import ARCConfig
 from arc_ao.cost import PLAIN_BITS, extra_cost
 from arc_ao.methods.recipe import Trial
+from arc_ao.methods.tuning.record import TuningRecord
 from arc_ao.tensor import ARCTensor
 
 SUMMARY = "_arc_summary"  # attribute of a quantized model
@@ -33,6 +34,7 @@ class QuantizationSummary:
             bits per weight, and the measured error of the linears behind its input.
         extra_bits: per weight over plain NVFP4's 4.5, linears that the budget left as they are
             included, as in extra_channels and extra_multiply_adds.
+        tuning: under recipe "tuned", what training did (methods/tuning/record.py).
     """
 
     configs: list[dict[str, Any]]
@@ -46,6 +48,7 @@ class QuantizationSummary:
     extra_multiply_adds: float = 0.0
     choices: dict[str, dict[str, Any]] = field(default_factory=dict)
     extra_bits: float = 0.0
+    tuning: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-serialisable dictionary."""
@@ -67,12 +70,13 @@ class QuantizationSummary:
         return "\n".join(lines)
 
     def __str__(self) -> str:
+        tuned = f"; {TuningRecord(**self.tuning)}" if self.tuning else ""
         return (
             f"{len(self.layers)} linears quantized, {len(self.skipped)} left alone; "
             f"{self.extra_channels:.1%} extra channels, "
             f"{self.extra_multiply_adds:.1%} extra multiply-adds, "
             f"{self.bits_per_weight:.2f} bits per weight; "
-            f"{self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB"
+            f"{self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB{tuned}"
         )
 
 
@@ -82,6 +86,7 @@ def summarize(
     skipped: dict[str, str],
     bytes_before: int,
     choices: dict[str, dict[str, Any]] | None = None,
+    tuned: TuningRecord | None = None,
 ) -> QuantizationSummary:
     """Summary of a quantized model, also kept on it for `save_pretrained`."""
     tensors, choices = arc_tensors(model), choices or {}
@@ -103,6 +108,7 @@ def summarize(
         choices=choices,
         extra_bits=8 * (stored + sum(weight.nbytes for weight in left)) / max(1, total)
         - PLAIN_BITS,
+        tuning=None if tuned is None else asdict(tuned),
     )
     setattr(model, SUMMARY, summary.to_dict())
     return summary

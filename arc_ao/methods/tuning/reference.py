@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from arc_ao.calibration.data import Batch
 from arc_ao.eval.divergence import is_logits, model_output
@@ -54,7 +55,11 @@ class Reference:
 
 @torch.no_grad()
 def record_references(
-    model: nn.Module, batches: list[Batch | Tensor], changing: set[nn.Module]
+    model: nn.Module,
+    batches: list[Batch | Tensor],
+    changing: set[nn.Module],
+    *,
+    progress: bool = False,
 ) -> list[Reference]:
     """Run the unquantized model over the batches.
 
@@ -67,7 +72,7 @@ def record_references(
     references = []
     try:
         with evaluation_mode(model):
-            for batch in batches:
+            for batch in tqdm(batches, desc="reference", disable=not progress, leave=False):
                 seen.clear()
                 references.append(_reference(run_model(model, batch), batch, head, seen))
     finally:

@@ -8,8 +8,7 @@ began with counts.
 
 import math
 import time
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from arc_ao.calibration.work_dir import WorkDir
 from arc_ao.inference import call_model, evaluation_mode, run_model
 from arc_ao.methods.tuning.layer import InputCache
 from arc_ao.methods.tuning.parameters import Trainables, install, trainables, under_training
+from arc_ao.methods.tuning.record import TuningRecord
 from arc_ao.methods.tuning.reference import Reference
 from arc_ao.methods.tuning.schedule import PATIENCE, Schedule
 
@@ -27,28 +27,6 @@ KEPT_ASIDE = 0.1  # of the batches, and at least
 LEAST_ASIDE = 2
 BAR = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]"
 SAVE_SECONDS = 180  # between states in the work folder, and 20 times what saving took
-
-
-@dataclass
-class TuningRecord:
-    """What a run did.
-
-    Attributes:
-        steps: one batch each.
-        before, after: mean divergence of the model on the batches kept aside.
-        tokens_aside: tokens in them.
-        seconds: of wall time, from the first step on.
-    """
-
-    steps: int
-    before: float
-    after: float
-    tokens_aside: int
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dictionary."""
-        return asdict(self)
 
 
 def tune(
