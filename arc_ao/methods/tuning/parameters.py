@@ -156,8 +156,8 @@ def _step_when_ready(
     trained = owner.parameter.requires_grad_() if isinstance(owner, Gain) else owner.latent
 
     def step(parameter: Tensor) -> None:
-        owner.latent.grad = parameter.grad.float()
-        parameter.grad = None
+        gradient, parameter.grad = parameter.grad.float(), None
+        owner.latent.grad = gradient
         optimizer.step()
         owner.latent.grad = None
         owner.refresh()
