@@ -18,7 +18,7 @@ Branch = Literal["svd", "arhq"]
 Recipe = Literal["auto", "best", "balanced", "paper", "plain"]
 WeightScale = Literal["amax", "mse", "four_over_six", "local_hessian"]
 Rounding = Literal["nearest", "gptq"]
-LayerWeights = Literal["equal", "measured"]
+LayerWeights = Literal["equal", "fisher"]
 Step = Literal["prepare", "convert", "prepare_for_loading"]
 Activation = Literal["nvfp4", "bf16"]
 
@@ -61,7 +61,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 SAMPLE_TOKENS = 2048  # input rows kept a layer where means over single channels do not suffice
-RECIPES["auto"] = RECIPES["balanced"] | {"layer_weights": "measured"}
+RECIPES["auto"] = RECIPES["balanced"] | {"layer_weights": "fisher"}
 RECIPES["best"] = RECIPES["auto"] | {"rounding": "gptq"}
 SEARCHING = ("auto", "best")
 SEARCHED_FIELDS = ("channel_order", "granularity", "exchange_rate", "four_over_six")
@@ -83,7 +83,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "granularity": ("block", "channel", None),
     "weight_scale": ("amax", "mse", "four_over_six", "local_hessian", None),
     "rounding": ("nearest", "gptq", None),
-    "layer_weights": ("equal", "measured", None),
+    "layer_weights": ("equal", "fisher", None),
     "activation_scale": ("token", "tensor", "static", "none", None),
     "four_over_six": (True, False, None),
     "smooth": ("none", "flatten", "search", "awq"),
@@ -127,8 +127,8 @@ class ARCConfig(AOBaseConfig):
             every distinct input while it is under calibration.
         damping: what is added to the diagonal of GPTQ's Hessian, over the mean of that diagonal.
         layer_weights: the worth of removed error in each layer: "equal" (errors relative to the
-            layer's output), or "measured" (times the divergence of the model's output that
-            quantizing this layer alone causes, over its relative error).
+            layer's output), or "fisher" (by what they cost the model's output, its diagonal Fisher
+            information; one backward pass a batch, calibration/fisher.py).
         activation_scale: outer scale of activations: "token" (one per row), "tensor", "static"
             (calibrated constant). "none" belongs to activation="bf16" and follows from it.
         four_over_six: choose each activation block's scale between amax/6 and amax/4.
@@ -290,7 +290,7 @@ class ARCConfig(AOBaseConfig):
     def weighs_layers(self) -> bool:
         """True where layers' weights are measured: blocks of all layers compete."""
         competing = self.has_residuals and not self.explicit
-        return competing and self.resolve().layer_weights == "measured"
+        return competing and self.resolve().layer_weights == "fisher"
 
     @property
     def needs_calibration(self) -> bool:

@@ -39,7 +39,7 @@ class BudgetConfig(ARCConfig):
 
     budget: float | None = 0.10
     recipe: Recipe = "balanced"
-    layer_weights: LayerWeights | None = "measured"
+    layer_weights: LayerWeights | None = "fisher"
     extra_bits: float = 0.25
     methods: list[Method] = dataclasses.field(default_factory=lambda: list(METHODS))
 
@@ -91,7 +91,7 @@ class BudgetConfig(ARCConfig):
     @property
     def weighs_layers(self) -> bool:
         """Whether errors are weighed by what the model's output suffers from them."""
-        return self.resolve().layer_weights == "measured"
+        return self.resolve().layer_weights == "fisher"
 
     @property
     def needs_calibration(self) -> bool:

@@ -6,13 +6,13 @@ import warnings
 from torch import Tensor, nn
 
 from arc_ao.calibration.data import Batch
+from arc_ao.calibration.fisher import FISHER_TOKENS, measure_fisher
 from arc_ao.calibration.session import CalibrationSession
 from arc_ao.config import ARCConfig
 from arc_ao.methods.hessian import shared_roundings
 from arc_ao.methods.mix import COMPARED_TOKENS, Mix, search_mix
 from arc_ao.methods.plan import analyse_session, make_plans
 from arc_ao.methods.recipe import Trial, search_batches, search_recipe
-from arc_ao.methods.sensitivity import measure_layer_weights
 
 
 def measure_session(
@@ -30,9 +30,9 @@ def measure_session(
     config = session.config
     if batches is None:
         return []
-    some = search_batches(batches)
     if config.weighs_layers:
-        session.layer_weights = measure_layer_weights(model, session, some, progress=progress)
+        some = search_batches(batches, FISHER_TOKENS)
+        session.fisher = measure_fisher(model, session, some, progress=progress)
     if config.mixes:
         session.mix = search_mix(
             model, session, search_batches(batches, COMPARED_TOKENS), progress=progress
@@ -54,7 +54,7 @@ def plan_session(session: CalibrationSession, config: ARCConfig, *, progress: bo
         session.mix = None  # and the input rows in it
     else:
         analyses = analyse_session(session, config, progress=progress)
-        session.plans = make_plans(analyses, config, session.layer_weights)
+        session.plans = make_plans(analyses, config)
     if config.needs_hessian:  # which chooses other scales; these take 1/32 of the model's memory
         plans = session.plans.items()
         session.plans = {name: dataclasses.replace(plan, scale=None) for name, plan in plans}

@@ -43,7 +43,7 @@ class CalibrationSession:
     sums_products: bool | None = None  # None: as the config needs
     observing: bool = True  # off while candidates are tried on the same inputs
     analyses: tuple[Any, list[Any]] | None = None  # what was last analysed, and its result
-    layer_weights: dict[str, float] | None = None  # group's first member -> worth of its errors
+    fisher: dict[str, Any] | None = None  # member name -> OutputFisher (calibration/fisher.py)
     mix: Any = None  # methods/mix.py: what each group gets, from its search to its plans
     choices: dict[str, dict[str, Any]] = field(default_factory=dict)  # the same, to be read
 
@@ -90,6 +90,13 @@ class CalibrationSession:
     def observer_of(self, group: list[Member]) -> ARCObserver:
         """The observer that speaks for a group."""
         return observer_on(group[0].module)
+
+    def fisher_of(self, group: list[Member], channel_order: str) -> list[Any] | None:
+        """Of every linear of a group, for blocks formed in `channel_order`; None: not measured."""
+        if self.fisher is None:
+            return None
+        index = self.observer_of(group).channel_orders.index(channel_order)
+        return [self.fisher[member.name].of_order(index) for member in group]
 
     def spread_samples(self, tokens: int) -> None:
         """Before calibrating: let the rows that are kept be of all of so many tokens."""

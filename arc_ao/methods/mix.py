@@ -1,8 +1,8 @@
 """Which option each layer gets: the least error under both bounds, then the model's output decides.
 
 The knapsack adds up errors over layers, each relative to its layer's output times the layer's
-weight, once as measured (methods/sensitivity.py, a square root) and once squared. That is a model
-of the output's divergence, so that its answers and uniform choices (the same variant and the same
+weight, once as its Fisher information has it and once the square root. That is a model of the
+output's divergence, so that its answers and uniform choices (the same variant and the same
 shares of blocks for all layers) run through the model and the best measured one wins. Every
 candidate is quantized whole before it runs.
 """
@@ -21,6 +21,7 @@ from arc_ao.cost import PLAIN_BITS
 from arc_ao.methods.choices import Menu, Option, make_menu, undominated
 from arc_ao.methods.compare_mixes import divergences, plans_of
 from arc_ao.methods.knapsack import Item, solve
+from arc_ao.methods.scores import group_worths
 from arc_ao.methods.weights import LayerPlan
 
 COMPARED_TOKENS = 8192  # on which mixes are compared; twice those of the recipe search
@@ -133,13 +134,12 @@ def search_mix(
     config, groups = session.config, session.groups()
     bar = tqdm(groups, desc="measure choices", disable=not progress, leave=False)
     menus = [make_menu(session, group, config) for group in bar]
-    known = session.layer_weights or {}
-    weights = [known.get(menu.members[0].name, 1.0) for menu in menus]
-    squares = [weight * weight for weight in weights]
+    weights = group_worths(session, groups)
+    roots = [math.sqrt(weight) for weight in weights]
     mixes = _distinct(
         [
             best_mix(menus, weights, config),
-            best_mix(menus, squares, config, "mix, squared weights"),
+            best_mix(menus, roots, config, "mix, roots of weights"),
             *uniform_mixes(menus, weights, config),
         ]
     )

@@ -140,7 +140,7 @@ class _Search:
 
     def _plans(self, config: ARCConfig) -> dict[str, LayerPlan]:
         analyses = analyse_session(self.session, config, progress=self.progress)
-        return make_plans(analyses, config, self.session.layer_weights)
+        return make_plans(analyses, config)
 
 
 @contextmanager
