@@ -3,12 +3,12 @@
 import dataclasses
 import enum
 import math
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Any, Literal
 
 from torchao.core.config import AOBaseConfig
 
-from arc_ao.formats.nvfp4 import BLOCK_SIZE
+from arc_ao.formats.nvfp4 import BLOCK_SCALES, BLOCK_SIZE, BlockScale
 
 ChannelOrder = Literal["none", "amax"]
 Granularity = Literal["block", "channel"]
@@ -31,7 +31,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "channel_order": "none",
         "granularity": "block",
         "exchange_rate": 1.0,
-        "four_over_six": False,
+        "activation_block_scale": "amax",
         "weight_scale": "mse",
         "activation_scale": "token",
         "rounding": "nearest",
@@ -42,7 +42,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "channel_order": "amax",
         "granularity": "block",
         "exchange_rate": 0.0,
-        "four_over_six": False,
+        "activation_block_scale": "amax",
         "weight_scale": "amax",
         "activation_scale": "tensor",
         "rounding": "nearest",
@@ -53,7 +53,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "channel_order": "none",
         "granularity": "block",
         "exchange_rate": 1.0,
-        "four_over_six": False,
+        "activation_block_scale": "amax",
         "weight_scale": "amax",
         "activation_scale": "token",
         "rounding": "nearest",
@@ -64,14 +64,14 @@ SAMPLE_TOKENS = 2048  # input rows kept a layer where means over single channels
 RECIPES["auto"] = RECIPES["balanced"] | {"layer_weights": "fisher"}
 RECIPES["best"] = RECIPES["auto"] | {"rounding": "gptq"}
 SEARCHING = ("auto", "best")
-SEARCHED_FIELDS = ("channel_order", "granularity", "exchange_rate", "four_over_six")
+SEARCHED_FIELDS = ("channel_order", "granularity", "exchange_rate", "activation_block_scale")
 # What activation="bf16" leaves of the choices: only weights have residuals, in their own order.
 WEIGHT_ONLY: dict[str, Any] = {
     "channel_order": "none",
     "granularity": "block",
     "exchange_rate": "inf",
     "activation_scale": "none",
-    "four_over_six": False,
+    "activation_block_scale": "amax",
     "rotation": 0,
     "rank": 0,
 }
@@ -85,7 +85,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "rounding": ("nearest", "gptq", None),
     "layer_weights": ("equal", "fisher", None),
     "activation_scale": ("token", "tensor", "static", "none", None),
-    "four_over_six": (True, False, None),
+    "activation_block_scale": (*BLOCK_SCALES, None),
     "smooth": ("none", "flatten", "search", "awq"),
     "rotation": (0, 16, 32, 64, 128),
     "branch": ("svd", "arhq"),
@@ -131,7 +131,11 @@ class ARCConfig(AOBaseConfig):
             information; one backward pass a batch, calibration/fisher.py).
         activation_scale: outer scale of activations: "token" (one per row), "tensor", "static"
             (calibrated constant). "none" belongs to activation="bf16" and follows from it.
-        four_over_six: choose each activation block's scale between amax/6 and amax/4.
+        activation_block_scale: block scales of activations, chosen at run time: "amax" (amax/6),
+            "four_over_six" (amax/6 or amax/4), "mse" (searched around amax/6); the two choose by
+            the block's squared error.
+        four_over_six: the old spelling of `activation_block_scale`, for arguments alone: True is
+            "four_over_six", False is "amax".
         smooth: channel scales moved from inputs to weights: "none", "flatten" (SERQ: inputs to amax
             1), "search" (SmoothQuant: by the layer's output error), "awq" (by the error of rounding
             the weight alone; the usual partner of activation="bf16").
@@ -147,7 +151,8 @@ class ARCConfig(AOBaseConfig):
         step: None (one call), or torchao's steps "prepare", "convert", "prepare_for_loading".
 
     Raises:
-        ValueError: a field outside its choices, naming the field and the choices.
+        ValueError: a field outside its choices, naming the field and the choices; both spellings
+            of `activation_block_scale`, if they disagree.
     """
 
     budget: float | None = 0.06
@@ -160,7 +165,7 @@ class ARCConfig(AOBaseConfig):
     num_weight_channels: int | None = None
     weight_scale: WeightScale | None = None
     activation_scale: Literal["token", "tensor", "static", "none"] | None = None
-    four_over_six: bool | None = None
+    activation_block_scale: BlockScale | None = None
     rounding: Rounding | None = None
     damping: float = 0.02
     layer_weights: LayerWeights | None = None
@@ -173,8 +178,10 @@ class ARCConfig(AOBaseConfig):
     activation: Activation = "nvfp4"
     step: Step | None = None
     version: int = 1
+    four_over_six: InitVar[bool | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, four_over_six: bool | None) -> None:
+        self._take_old_spelling(four_over_six)
         if isinstance(self.step, enum.Enum):
             self.step = self.step.value  # torchao's QuantizationStep, which does not deserialise
         for field, choices in CHOICES.items():
@@ -187,6 +194,22 @@ class ARCConfig(AOBaseConfig):
             self.exchange_rate = _checked_rate(self.exchange_rate)
         self._check_activation()
         self._check_numbers()
+
+    def _take_old_spelling(self, four_over_six: bool | None) -> None:
+        if four_over_six is None:
+            return
+        if not isinstance(four_over_six, bool):
+            raise ValueError(
+                f"ARCConfig.four_over_six must be one of (True, False, None), got {four_over_six!r}"
+            )
+        method = block_scale_of(four_over_six)
+        if self.activation_block_scale not in (None, method):
+            raise ValueError(
+                f"ARCConfig.four_over_six={four_over_six} is the old spelling of "
+                f"activation_block_scale={method!r}, got "
+                f"activation_block_scale={self.activation_block_scale!r}, too; give one of them"
+            )
+        self.activation_block_scale = method
 
     def _check_activation(self) -> None:
         """Settle what activation="bf16" settles; refuse what contradicts it."""
@@ -325,6 +348,11 @@ class ARCConfig(AOBaseConfig):
     def with_step(self, step: Step | None) -> "ARCConfig":
         """Copy for one of torchao's steps."""
         return dataclasses.replace(self, step=step)
+
+
+def block_scale_of(four_over_six: bool) -> BlockScale:
+    """What `four_over_six`, in checkpoints before `activation_block_scale`, stands for."""
+    return "four_over_six" if four_over_six else "amax"
 
 
 def _checked_rate(rate: float | str) -> float | str:

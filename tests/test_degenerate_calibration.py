@@ -18,7 +18,7 @@ METHODS = {
     "paper's rule": ARCConfig(recipe="paper", budget=None),
     "balanced, static": ARCConfig(**BALANCED, activation_scale="static"),
     "measured layer weights": ARCConfig(**BALANCED, layer_weights="measured"),
-    "sorted channels": ARCConfig(**BALANCED, channel_order="amax", four_over_six=True),
+    "sorted channels": ARCConfig(**BALANCED, channel_order="amax", activation_block_scale="mse"),
     "single channels": ARCConfig(**BALANCED, granularity="channel"),
     "NVFP4": NVFP4Config(),
     "SERQ": SERQConfig(budget=0.1),

@@ -37,7 +37,7 @@ def session_on(model: nn.Module, config: ARCConfig) -> CalibrationSession:
 
 def key(trial: Trial) -> tuple:
     c = trial.config
-    return c.channel_order, c.granularity, c.exchange_rate, c.four_over_six
+    return c.channel_order, c.granularity, c.exchange_rate, c.activation_block_scale
 
 
 def searched(monkeypatch, divergence, **settings) -> list[Trial]:
@@ -50,15 +50,16 @@ def searched(monkeypatch, divergence, **settings) -> list[Trial]:
 
 def test_each_field_is_tried_on_the_winner_so_far(monkeypatch):
     """The base, the other order, four rates, then each other field with the best rate."""
-    fields = {"exchange_rate": 3.0, "granularity": "channel", "four_over_six": True}
+    fields = {"exchange_rate": 3.0, "granularity": "channel"}
+    fields |= {"activation_block_scale": "mse"}
 
     def divergence(config: ARCConfig) -> float:
         return 1.0 - 0.2 * sum(getattr(config, k) == v for k, v in fields.items())
 
     winner, *rest = searched(monkeypatch, divergence)
-    rates = {("none", "block", rate, False) for rate in (0.0, 0.3, 1.0, 3.0, "inf")}
-    later = {("amax", "block", 1.0, False), ("none", "channel", 3.0, False)}
-    assert key(winner) == ("none", "channel", 3.0, True)
+    rates = {("none", "block", rate, "amax") for rate in (0.0, 0.3, 1.0, 3.0, "inf")}
+    later = {("amax", "block", 1.0, "amax"), ("none", "channel", 3.0, "amax")}
+    assert key(winner) == ("none", "channel", 3.0, "mse")
     assert {key(t) for t in rest} == rates | later and len(rest) == 7
     assert [t.divergence for t in rest] == sorted(t.divergence for t in rest)
     assert all(t.config.searched == [] for t in rest)
@@ -76,12 +77,12 @@ def test_gathering_is_not_tried_where_it_means_nothing(monkeypatch, field, value
     "settings, count",
     [
         ({}, 8),
-        ({"granularity": "block", "four_over_six": False}, 6),
-        ({"channel_order": "none", "exchange_rate": 1.0, "four_over_six": True}, 2),
+        ({"granularity": "block", "activation_block_scale": "amax"}, 6),
+        ({"channel_order": "none", "exchange_rate": 1.0, "activation_block_scale": "mse"}, 2),
         # Numbers of channels and thresholds leave nothing to exchange: no duplicates.
-        ({"num_act_channels": 16, "four_over_six": False}, 3),
-        ({"num_weight_channels": 16, "four_over_six": False}, 2),
-        ({"selection": "threshold", "four_over_six": False}, 2),
+        ({"num_act_channels": 16, "activation_block_scale": "amax"}, 3),
+        ({"num_weight_channels": 16, "activation_block_scale": "amax"}, 2),
+        ({"selection": "threshold", "activation_block_scale": "amax"}, 2),
         ({"budget": 0.0}, 1),
     ],
 )
@@ -99,7 +100,7 @@ def test_a_search_measures_a_real_model():
     summary = quantize_(model, config, calibration_data=batches(), progress=False)
     trials = summary.trials[0]
     assert len({t["divergence"] for t in trials}) > 3 and all(t["divergence"] > 0 for t in trials)
-    for name in ("exchange_rate", "four_over_six"):
+    for name in ("exchange_rate", "activation_block_scale"):
         assert summary.configs[0]["_data"][name] == trials[0][name]
 
 
@@ -110,13 +111,13 @@ def trial(divergence: float, **settings) -> Trial:
 def test_among_equals_the_cheaper_wins():
     """Within 5 % of the least divergence run time decides, and divergence among equal costs."""
     plain, plain_too = trial(1.05), trial(1.04)
-    gathered, wide = trial(1.02, granularity="channel"), trial(1.01, four_over_six=True)
+    gathered, wide = trial(1.02, granularity="channel"), trial(1.01, activation_block_scale="mse")
     sorted_ = trial(1.0, channel_order="amax")
     assert best([sorted_, wide, gathered, plain]) is plain
     assert best([sorted_, wide, gathered, plain, plain_too]) is plain_too
     assert best([sorted_, wide, gathered, trial(1.06)]) is gathered
     assert best([sorted_, wide]) is wide
-    assert best([sorted_, trial(1.051, four_over_six=True)]) is sorted_
+    assert best([sorted_, trial(1.051, activation_block_scale="mse")]) is sorted_
     assert best([trial(float("inf")), sorted_]) is sorted_
     assert best([trial(1e-9), trial(0.0, channel_order="amax")]).divergence == 0.0
 
@@ -136,7 +137,7 @@ def test_the_search_leaves_no_trace():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"granularity": "channel", "four_over_six": True}, {"channel_order": "amax"}],
+    [{"granularity": "channel", "activation_block_scale": "mse"}, {"channel_order": "amax"}],
 )
 def test_trying_gives_the_output_of_converting(settings):
     """Quantized on the fly and converted for good: the same logits, bit for bit."""

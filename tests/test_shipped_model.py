@@ -16,7 +16,11 @@ from arc_ao.eval.perplexity import evaluate_text, read_text
 from arc_ao.integrations.huggingface import load_model
 from arc_ao.shipped import CALIBRATION_TEXT, HELDOUT_TEXT, MODEL
 
-FOUND = {"channel_order": "amax", "exchange_rate": 0.3, "four_over_six": True}  # by the demo
+FOUND = {
+    "channel_order": "amax",
+    "exchange_rate": 0.3,
+    "activation_block_scale": "mse",
+}  # by the demo
 
 
 @pytest.fixture(scope="module")

@@ -126,7 +126,7 @@ def test_decoding_takes_few_instructions(capability, route, name, repeats, most)
 @pytest.mark.parametrize("kind", ["RMS_NORM", "ADD_RMS_NORM"])
 def test_long_rows_in_another_order_spill_nothing(kind):
     """With both roundings of four-over-six: what takes most registers."""
-    machine = quantizer(90, kind, whole=False, four_over_six=True, ordered=True)
+    machine = quantizer(90, kind, whole=False, block_scale="four_over_six", ordered=True)
     assert machine.spills == 0
 
 

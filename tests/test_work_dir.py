@@ -21,7 +21,7 @@ from arc_ao.methods import hessian as convert_module
 LAYERS = 3
 GPTQ = {"recipe": "balanced", "rounding": "gptq", "budget": 0.2}
 CONFIG = ARCConfig(**GPTQ)
-SEARCHED = {"channel_order": "none", "granularity": "block", "four_over_six": False}
+SEARCHED = {"channel_order": "none", "granularity": "block", "activation_block_scale": "amax"}
 BEST = ARCConfig(recipe="best", budget=0.2, **SEARCHED)
 
 CHILD = """

@@ -110,7 +110,7 @@ AUGMENTATION = {  # the arguments behind x, in their order
     "scale_mode": "token",
     "channel_order": None,
     "act_channels": None,
-    "four_over_six": False,
+    "block_scale": "amax",
 }
 CONFIGS = {
     "plain": {},
@@ -120,7 +120,13 @@ CONFIGS = {
         "act_blocks": ids(2),
         "channel_order": torch.randperm(40, generator=generator()).int(),
         "act_channels": ids(*range(39, 23, -1)),
-        "four_over_six": True,
+        "block_scale": "four_over_six",
+    },
+    "searched": {
+        "act_blocks": ids(1),
+        "weight_blocks": ids(0),
+        "act_channels": ids(*range(20, 36)),
+        "block_scale": "mse",
     },
     "tensor": {"act_blocks": ids(2), "scale_mode": "tensor"},
     "static": {"act_blocks": ids(2), "scale_mode": "static", "outer_scale": torch.tensor([0.01])},

@@ -33,7 +33,7 @@ def effective_input(x: Tensor, plan: LayerPlan) -> Tensor:
         plan.config.activation_scale,
         channel_order=plan.channel_order,
         act_channels=plan.act_channels,
-        four_over_six=plan.config.four_over_six,
+        block_scale=plan.config.activation_block_scale,
     )
     values = nvfp4.decode(qdata, scale).mul_(outer.unsqueeze(1))
     base = -(-x.shape[1] // nvfp4.BLOCK_SIZE) * nvfp4.BLOCK_SIZE

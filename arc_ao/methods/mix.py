@@ -104,7 +104,7 @@ def _described(menu: Menu, option: Option, member: int) -> dict[str, Any]:
         "weight_blocks": option.weight_blocks,
         "rank": config.rank,
         "channel_order": config.channel_order,
-        "four_over_six": config.four_over_six,
+        "activation_block_scale": config.activation_block_scale,
     }
 
 
@@ -201,9 +201,10 @@ def _by_share(menu: Menu) -> dict[tuple[str, float, float], Option]:
         if option.left:
             continue
         config, blocks = option.variant.config, len(option.variant.act_ranking)
-        wide = ", four over six" if config.four_over_six else ""
+        method = config.activation_block_scale
+        scales = "" if method == "amax" else f", {method} activation scales"
         rank = f" {config.rank}" if config.rank else ""
-        name = f"{option.variant.method}{rank}, order {config.channel_order}{wide}"
+        name = f"{option.variant.method}{rank}, order {config.channel_order}{scales}"
         key = name, f"{option.act_blocks / blocks:.3g}", f"{option.weight_blocks / blocks:.3g}"
         found[key] = option
     return found

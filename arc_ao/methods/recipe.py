@@ -30,14 +30,14 @@ ROUNDS: dict[str, tuple[Any, ...]] = {
     "channel_order": ("none", "amax"),
     "exchange_rate": (0.0, 0.3, 1.0, 3.0, "inf"),
     "granularity": ("block", "channel"),
-    "four_over_six": (False, True),
+    "activation_block_scale": ("amax", "mse"),
 }
 SEARCH_TOKENS = 4096
 SEARCH_BATCHES = 16  # weights are quantized anew for every batch and candidate
 EQUAL_WITHIN = 1.05
-# Run-time cost, by which equals are ranked: nothing, a gather of the residuals, a second
-# quantization of every block, a gather of the whole input.
-RUN_TIME_COST = {"channel": 1, "four_over_six": 2, "amax": 4}
+# Run-time cost, by which equals are ranked: nothing, a gather of the residuals, a search
+# of every block's scale, a gather of the whole input.
+RUN_TIME_COST = {"channel": 1, "block_scale": 2, "amax": 4}
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ class Trial:
         return (
             RUN_TIME_COST["amax"] * (c.channel_order == "amax")
             + RUN_TIME_COST["channel"] * (c.granularity == "channel")
-            + RUN_TIME_COST["four_over_six"] * bool(c.four_over_six)
+            + RUN_TIME_COST["block_scale"] * (c.activation_block_scale != "amax")
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Searched fields and divergence."""
-        names = ("channel_order", "granularity", "exchange_rate", "four_over_six")
+        names = ("channel_order", "granularity", "exchange_rate", "activation_block_scale")
         return {n: getattr(self.config, n) for n in names} | {"divergence": self.divergence}
 
 

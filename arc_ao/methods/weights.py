@@ -117,7 +117,7 @@ def assemble(weight: Tensor, plan: LayerPlan, qdata: Tensor, scale: Tensor) -> A
         weight.shape[1],
         weight.dtype,
         plan.config.activation_scale,
-        plan.config.four_over_six,
+        plan.config.activation_block_scale,
         channel_order=plan.channel_order,
         act_channels=plan.act_channels,
         act_outer_scale=plan.act_outer_scale,

@@ -11,6 +11,7 @@
 
 namespace {
 
+using arc::BlockScale;
 using arc::DType;
 
 constexpr int32_t kInfBits = 0x7F800000;
@@ -173,12 +174,15 @@ struct BlockScales {
   alignas(64) float reciprocal[kScalesAtOnce];
 };
 
-inline void make_scales(f32x16 block_max, float factor, BlockScales& scales) {
-  i32x16 code = e4m3_bits(block_max * splat(factor));
+inline void fill_scales(i32x16 code, BlockScales& scales) {
   f32x16 value = e4m3_value(code);
   store(scales.code, code);
   store(scales.value, value);
   store(scales.reciprocal, splat(1.0f) / value);
+}
+
+inline void make_scales(f32x16 block_max, float factor, BlockScales& scales) {
+  fill_scales(e4m3_bits(block_max * splat(factor)), scales);
 }
 
 // Codes and left-over of one block under one scale.
@@ -188,7 +192,41 @@ inline i32x16 encode_block(f32x16 xs, const BlockScales& scales, int64_t b, f32x
   return codes;
 }
 
-template <bool FourOverSix, bool Residual>
+// One block under a further scale, kept where its error is less.
+struct Candidate {
+  i32x16 codes;
+  f32x16 rest;
+  int32_t scale_code;
+  float error;
+
+  // As bits rather than by a branch, which would be taken at random.
+  void keep_better(const Candidate& other) {
+    const int32_t better = -int32_t(other.error < error);
+    codes = (other.codes & better) | (codes & ~better);
+    rest = bits<f32x16>((bits<i32x16>(other.rest) & better) | (bits<i32x16>(rest) & ~better));
+    scale_code = (other.scale_code & better) | (scale_code & ~better);
+    error = other.error < error ? other.error : error;
+  }
+};
+
+inline Candidate candidate(f32x16 xs, const BlockScales& scales, int64_t b) {
+  Candidate c;
+  c.codes = encode_block(xs, scales, b, c.rest);
+  c.scale_code = scales.code[b];
+  c.error = sum_of_squares(c.rest);
+  return c;
+}
+
+// What "mse" tries, in this order: nvfp4.CODE_OFFSETS.
+constexpr int32_t kCodeOffsets[] = {0, -1, 1, -2, 2, 3, 4, 5};
+constexpr int kCandidates = sizeof(kCodeOffsets) / sizeof(kCodeOffsets[0]);
+
+inline void make_neighbours(const BlockScales& first, int32_t offset, BlockScales& scales) {
+  i32x16 code = min(max(load<i32x16>(first.code) + offset, every(1)), every(0x7E));
+  fill_scales(code, scales);
+}
+
+template <BlockScale kMethod, bool Residual>
 void quantize_row_as(
     const float* x, float inverse, int64_t blocks, uint8_t* qdata, uint8_t* scale,
     float* residual) {
@@ -201,42 +239,44 @@ void quantize_row_as(
       i32x16 magnitude = abs_bits(xs);
       block_max[b] = largest_lane(max_of(low_half(magnitude), high_half(magnitude)));
     }
-    BlockScales six, four;
-    make_scales(load<f32x16>(block_max), kSixth, six);
-    if (FourOverSix) make_scales(load<f32x16>(block_max), kQuarter, four);
+    BlockScales tried[kMethod == BlockScale::kMse ? kCandidates : 2];
+    make_scales(load<f32x16>(block_max), kSixth, tried[0]);
+    if (kMethod == BlockScale::kFourOverSix) {
+      make_scales(load<f32x16>(block_max), kQuarter, tried[1]);
+    }
+    if (kMethod == BlockScale::kMse) {
+      for (int i = 1; i < kCandidates; ++i) make_neighbours(tried[0], kCodeOffsets[i], tried[i]);
+    }
+    constexpr int later = kMethod == BlockScale::kAmax          ? 0
+                          : kMethod == BlockScale::kFourOverSix ? 1
+                                                                : kCandidates - 1;
     for (int64_t b = 0; b < count; ++b) {
       const int64_t block = first + b;
-      f32x16 xs = load<f32x16>(x + block * kLanes) * multiplier, rest;
-      i32x16 codes = encode_block(xs, six, b, rest);
-      int32_t scale_code = six.code[b];
-      if (FourOverSix) {
-        f32x16 wide_rest;
-        i32x16 wide_codes = encode_block(xs, four, b, wide_rest);
-        // As bits rather than by a branch, which would be taken at random.
-        const int32_t wide = -int32_t(sum_of_squares(wide_rest) < sum_of_squares(rest));
-        codes = (wide_codes & wide) | (codes & ~wide);
-        rest = bits<f32x16>((bits<i32x16>(wide_rest) & wide) | (bits<i32x16>(rest) & ~wide));
-        scale_code = (four.code[b] & wide) | (scale_code & ~wide);
-      }
-      store(qdata + block * arc::kBlockBytes, pack_codes(codes));
-      scale[block] = uint8_t(scale_code);
-      if (Residual) store(residual + block * kLanes, rest);
+      f32x16 xs = load<f32x16>(x + block * kLanes) * multiplier;
+      Candidate best = candidate(xs, tried[0], b);
+      for (int i = 1; i <= later; ++i) best.keep_better(candidate(xs, tried[i], b));
+      store(qdata + block * arc::kBlockBytes, pack_codes(best.codes));
+      scale[block] = uint8_t(best.scale_code);
+      if (Residual) store(residual + block * kLanes, best.rest);
     }
   }
 }
 
+template <BlockScale kMethod>
+void quantize_row_with(
+    const float* x, float inverse, int64_t blocks, uint8_t* qdata, uint8_t* scale,
+    float* residual) {
+  if (residual) quantize_row_as<kMethod, true>(x, inverse, blocks, qdata, scale, residual);
+  else quantize_row_as<kMethod, false>(x, inverse, blocks, qdata, scale, residual);
+}
+
 void quantize_row(
-    const float* x, float inverse, int64_t blocks, bool four_over_six, uint8_t* qdata,
+    const float* x, float inverse, int64_t blocks, BlockScale method, uint8_t* qdata,
     uint8_t* scale, float* residual) {
-  if (four_over_six && residual) {
-    quantize_row_as<true, true>(x, inverse, blocks, qdata, scale, residual);
-  } else if (four_over_six) {
-    quantize_row_as<true, false>(x, inverse, blocks, qdata, scale, residual);
-  } else if (residual) {
-    quantize_row_as<false, true>(x, inverse, blocks, qdata, scale, residual);
-  } else {
-    quantize_row_as<false, false>(x, inverse, blocks, qdata, scale, residual);
-  }
+  constexpr decltype(&quantize_row_with<BlockScale::kAmax>) kMethods[] = {
+      quantize_row_with<BlockScale::kAmax>, quantize_row_with<BlockScale::kFourOverSix>,
+      quantize_row_with<BlockScale::kMse>};
+  kMethods[int(method)](x, inverse, blocks, qdata, scale, residual);
 }
 
 }  // namespace
