@@ -182,6 +182,8 @@ class ARCConfig(AOBaseConfig):
 
     def __post_init__(self, four_over_six: bool | None) -> None:
         self._take_old_spelling(four_over_six)
+        if self.layer_weights == "measured":  # by one forward a layer, in earlier checkpoints
+            self.layer_weights = "fisher"
         if isinstance(self.step, enum.Enum):
             self.step = self.step.value  # torchao's QuantizationStep, which does not deserialise
         for field, choices in CHOICES.items():

@@ -15,6 +15,7 @@ from arc_ao.calibration.work_dir import WorkDir
 from arc_ao.memory import release_memory
 from arc_ao.methods.hessian import quantize_group
 from arc_ao.methods.weights import LayerPlan
+from arc_ao.progress import SILENT, Progress
 from arc_ao.tensor import ARCTensor
 
 
@@ -25,7 +26,7 @@ def convert_blocks(
     swap_weight: Callable[[nn.Linear, ARCTensor], None],
     *,
     work: WorkDir | None = None,
-    progress: bool = True,
+    progress: Progress = SILENT,
 ) -> None:
     """Convert every linear inside the model's blocks; linears outside keep their plans.
 

@@ -13,6 +13,7 @@ from arc_ao.methods.hessian import shared_roundings
 from arc_ao.methods.mix import COMPARED_TOKENS, Mix, search_mix
 from arc_ao.methods.plan import analyse_session, make_plans
 from arc_ao.methods.recipe import Trial, search_batches, search_recipe
+from arc_ao.progress import SILENT, Progress
 
 
 def measure_session(
@@ -20,7 +21,7 @@ def measure_session(
     session: CalibrationSession,
     batches: list[Batch | Tensor] | None,
     *,
-    progress: bool = True,
+    progress: Progress = SILENT,
 ) -> list[Trial | Mix]:
     """Weigh the layers of a calibrated session and search its recipe or its mix of choices.
 
@@ -43,7 +44,9 @@ def measure_session(
     return []
 
 
-def plan_session(session: CalibrationSession, config: ARCConfig, *, progress: bool = False) -> None:
+def plan_session(
+    session: CalibrationSession, config: ARCConfig, *, progress: Progress = SILENT
+) -> None:
     """Plan every linear of a session before the first one is touched.
 
     Linears that a mix leaves as they are leave the session.

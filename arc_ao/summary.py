@@ -33,6 +33,7 @@ class QuantizationSummary:
             bits per weight, and the measured error of the linears behind its input.
         extra_bits: per weight over plain NVFP4's 4.5, linears that the budget left as they are
             included, as in extra_channels and extra_multiply_adds.
+        seconds: that every stage took, by the clock.
     """
 
     configs: list[dict[str, Any]]
@@ -46,6 +47,7 @@ class QuantizationSummary:
     extra_multiply_adds: float = 0.0
     choices: dict[str, dict[str, Any]] = field(default_factory=dict)
     extra_bits: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-serialisable dictionary."""
@@ -82,6 +84,7 @@ def summarize(
     skipped: dict[str, str],
     bytes_before: int,
     choices: dict[str, dict[str, Any]] | None = None,
+    seconds: dict[str, float] | None = None,
 ) -> QuantizationSummary:
     """Summary of a quantized model, also kept on it for `save_pretrained`."""
     tensors, choices = arc_tensors(model), choices or {}
@@ -103,6 +106,7 @@ def summarize(
         choices=choices,
         extra_bits=8 * (stored + sum(weight.nbytes for weight in left)) / max(1, total)
         - PLAIN_BITS,
+        seconds=seconds or {},
     )
     setattr(model, SUMMARY, summary.to_dict())
     return summary

@@ -43,7 +43,7 @@ NAN = float("nan")
         ("num_act_channels", 24, r"num_act_channels must be a non-negative multiple of 16, got 24"),
         ("num_act_channels", 16.0, r"num_act_channels must be .*got 16.0"),
         ("rounding", "up", r"rounding must be one of \('nearest', 'gptq', .*'up'"),
-        ("layer_weights", "some", r"layer_weights must be one of \('equal', 'measured', .*'some'"),
+        ("layer_weights", "some", r"layer_weights must be one of \('equal', 'fisher', .*'some'"),
         ("damping", 0, r"damping is relative .*more than 0 and at most 10, got 0"),
         ("damping", NAN, r"damping is relative .*got nan"),
         ("num_weight_channels", -16, r"num_weight_channels must be .*got -16"),

@@ -17,7 +17,7 @@ METHODS = {
     "paper": ARCConfig(recipe="paper"),
     "paper's rule": ARCConfig(recipe="paper", budget=None),
     "balanced, static": ARCConfig(**BALANCED, activation_scale="static"),
-    "measured layer weights": ARCConfig(**BALANCED, layer_weights="measured"),
+    "Fisher layer weights": ARCConfig(**BALANCED, layer_weights="fisher"),
     "sorted channels": ARCConfig(**BALANCED, channel_order="amax", activation_block_scale="mse"),
     "single channels": ARCConfig(**BALANCED, granularity="channel"),
     "NVFP4": NVFP4Config(),

@@ -12,7 +12,7 @@ from arc_ao.calibration.data import calibrate
 from arc_ao.calibration.session import CalibrationSession, observer_on
 from arc_ao.methods import recipe as recipe_module
 from arc_ao.methods.plan import analyse_session, make_plans
-from arc_ao.methods.recipe import Trial, best, quantized_on_the_fly, search_recipe
+from arc_ao.methods.recipe import Trial, best, halve, quantized_on_the_fly, search_recipe
 from arc_ao.methods.weights import quantize_weight
 
 
@@ -42,10 +42,13 @@ def key(trial: Trial) -> tuple:
 
 def searched(monkeypatch, divergence, **settings) -> list[Trial]:
     """Trials of a search in which `divergence(config)` stands for running the model."""
-    measure = lambda self, configs: [Trial(c, divergence(c)) for c in configs]
-    monkeypatch.setattr(recipe_module._Search, "measure", measure)
+
+    def measure(self, configs: list[ARCConfig], count: int) -> list[Trial]:
+        return [Trial(c, divergence(c), count) for c in configs]
+
+    monkeypatch.setattr(recipe_module._Runs, "measure", measure)
     session = CalibrationSession(ARCConfig(**settings))
-    return search_recipe(nn.Identity(), session, batches(), progress=False)
+    return search_recipe(nn.Identity(), session, batches(8))
 
 
 def test_each_field_is_tried_on_the_winner_so_far(monkeypatch):
@@ -63,6 +66,46 @@ def test_each_field_is_tried_on_the_winner_so_far(monkeypatch):
     assert {key(t) for t in rest} == rates | later and len(rest) == 7
     assert [t.divergence for t in rest] == sorted(t.divergence for t in rest)
     assert all(t.config.searched == [] for t in rest)
+
+
+def test_the_better_half_runs_on_all_batches():
+    """Four candidates on a quarter of the batches, two of them on the rest, each batch once; the
+    others are reported with what they ran on and cannot win."""
+    configs = [
+        ARCConfig(recipe="balanced", exchange_rate=r).resolve() for r in (1.0, 2.0, 3.0, 4.0)
+    ]
+    calls = []
+
+    class Runs(recipe_module._Runs):
+        def _plans(self, config):
+            return config.exchange_rate
+
+        def _divergences(self, plans, batch):
+            calls.append((plans, batch))
+            # The last is the worst at first and would be the best later.
+            return [0.0 if rate == 4.0 and batch > 1 else rate for rate in plans]
+
+    runs = Runs(nn.Identity(), None, list(range(8)), lambda: None)
+    trials = halve(runs, configs)
+    assert [(t.config.exchange_rate, t.batches) for t in trials] == [
+        (1.0, 8), (2.0, 8), (3.0, 2), (4.0, 2)
+    ]  # fmt: skip
+    assert calls == [([1.0, 2.0, 3.0, 4.0], i) for i in (0, 1)] + [
+        ([1.0, 2.0], i) for i in range(2, 8)
+    ]
+    assert best([*trials, Trial(configs[3], 0.0, 2)]).config is configs[0]
+
+
+def test_expected_runs_bound_what_a_search_runs(monkeypatch):
+    """The bar's total: exactly what is run where every field is searched."""
+    ran = []
+    monkeypatch.setattr(recipe_module, "output_divergence", lambda *_: 1.0)
+    model = tiny_llama(num_hidden_layers=1)
+    config = ARCConfig(channel_order="none")
+    session, data = session_on(model, config), batches(8)
+    advance = recipe_module._Runs(model, session, data, lambda: ran.append(1))
+    recipe_module._search(advance, config)
+    assert len(ran) == recipe_module.expected_runs(config.searched, 8)
 
 
 @pytest.mark.parametrize("field, value", [("channel_order", "amax"), ("exchange_rate", "inf")])
@@ -129,7 +172,7 @@ def test_the_search_leaves_no_trace():
     session = session_on(model, config)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
-    search_recipe(model, session, batches(), progress=False)
+    search_recipe(model, session, batches())
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     assert session.observing

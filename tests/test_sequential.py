@@ -192,7 +192,7 @@ def test_one_sum_lives_at_a_time_and_none_afterwards(monkeypatch):
 
 
 def test_hooks_modes_and_observers_are_gone():
-    model = quantized(tiny_llama().train(), ARCConfig(**GPTQ | {"layer_weights": "measured"}))
+    model = quantized(tiny_llama().train(), ARCConfig(**GPTQ | {"layer_weights": "fisher"}))
     assert model.training and model.config.use_cache
     for module in model.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks

@@ -77,7 +77,7 @@ def test_killed_while_at_work_it_resumes_with_the_same_bits(tmp_path, monkeypatc
     count = lambda *args, f=convert_module.prepare_rounding: converted.append(1) or f(*args)
     monkeypatch.setattr(convert_module, "prepare_rounding", count)
     refuse = lambda *args, **kwargs: pytest.fail("calibrated again")
-    monkeypatch.setattr(quantize_module, "calibrate", refuse)
+    monkeypatch.setattr(quantize_module, "observe", refuse)
     monkeypatch.setattr(planning, "search_recipe", refuse)
     resumed = quantized(tmp_path / "work", BEST)
     assert len(converted) == 4 * (LAYERS - len(finished))

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from arc_ao.inference import evaluation_mode, run_model
 from arc_ao.memory import release_memory
+from arc_ao.progress import Progress
 
 Batch = dict[str, Any]
 
@@ -100,8 +100,14 @@ def calibrate(
 
     The data and its options are those of `quantize_`; this is the middle of the three steps.
     """
-    batches = to_batches(data, tokenizer, max_length)
+    bar = Progress({"calibrate": 1.0}, show=progress)
+    observe(model, to_batches(data, tokenizer, max_length), bar)
+    bar.close()
+
+
+def observe(model: nn.Module, batches: list[Batch | Tensor], progress: Progress) -> None:
+    """Run a prepared model over batches in evaluation mode."""
     with evaluation_mode(model):
-        for batch in tqdm(batches, desc="calibrate", disable=not progress, leave=False):
+        for batch in progress.steps("calibrate", batches):
             run_model(model, batch)
             release_memory()

@@ -11,8 +11,8 @@ kept apart, as K-FAC does (arXiv 1503.05671), here with diagonals only:
 
     g[m, n]^2 ~ t[m] o[n] / G        t[m] = sum_n g[m, n]^2, o[n] = sum_m g[m, n]^2, G = sum_n o[n]
 
-so that what a channel's error costs is a product of two sums. A batch takes a forward and a backward
-pass, and every block one forward more in between (`checkpointed`): memory is that of one block's
+so that what a channel's error costs is a product of two sums. A batch takes a forward and a
+backward pass, and every block one forward more in between: memory is that of one block's
 activations and of the hidden states between blocks.
 """
 
@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
-from tqdm import tqdm
 
 from arc_ao.calibration.data import Batch
 from arc_ao.calibration.observer import ARCObserver, channel_errors, from_order
@@ -34,6 +33,7 @@ from arc_ao.calibration.session import CalibrationSession, observer_on
 from arc_ao.eval.score import score_gradient
 from arc_ao.inference import call_model, evaluation_mode, without_cache
 from arc_ao.memory import release_memory
+from arc_ao.progress import SILENT, Progress
 
 FISHER_TOKENS = 8192  # calibration tokens that are differentiated, at most
 SEED = 0  # of the labels: the same call gives the same plans
@@ -83,7 +83,7 @@ def measure_fisher(
     session: CalibrationSession,
     batches: list[Batch | Tensor],
     *,
-    progress: bool = True,
+    progress: Progress = SILENT,
 ) -> dict[str, OutputFisher] | None:
     """Fisher information at every linear of a calibrated session, by name.
 
@@ -118,12 +118,11 @@ def _run(
     model: nn.Module,
     measured: dict[nn.Linear, "_Measured"],
     batches: list[Batch | Tensor],
-    progress: bool,
+    progress: Progress,
 ) -> None:
     generator = torch.Generator().manual_seed(SEED)
-    bar = tqdm(batches, desc="weigh layers", disable=not progress, leave=False)
     with evaluation_mode(model), frozen(model), without_cache(model), torch.enable_grad():
-        for batch in bar:
+        for batch in progress.steps("weigh layers", batches):
             mask = batch.get("attention_mask") if isinstance(batch, dict) else None
             with _watched(model, measured):
                 output = call_model(model, batch)
@@ -184,7 +183,7 @@ class _Frame:
 
 @dataclass(frozen=True)
 class _Squares:
-    """x^2 [M, K] and its quantization errors squared [M, K] in the plan order of each kind, fp32."""
+    """x^2 [M, K] and squared quantization errors [M, K], each in its channel order, fp32."""
 
     source: Tensor  # kept alive, so that its id stays its own
     square: Tensor
@@ -202,9 +201,7 @@ class _Measured:
     def __init__(self, module: nn.Linear) -> None:
         observer = observer_on(module)
         self.module = module
-        zeros = lambda *shape: torch.zeros(
-            *shape, dtype=torch.float64, device=module.weight.device
-        )
+        zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64, device=module.weight.device)
         self.fisher = OutputFisher(
             zeros(module.in_features),
             zeros(len(observer.channel_orders), module.in_features),
@@ -224,7 +221,7 @@ class _Measured:
 
 @contextmanager
 def _watched(model: nn.Module, measured: dict[nn.Linear, _Measured]) -> Iterator[None]:
-    """Inside, blocks are checkpointed, and gradients of the linears' outputs arrive at `measured`."""
+    """Inside, blocks are checkpointed, and gradients of outputs arrive at `measured`."""
     frames = [_Frame()]  # of linears outside of the blocks; then of the block that runs
 
     def see(module: nn.Linear, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:

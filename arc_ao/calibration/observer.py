@@ -100,11 +100,9 @@ class ARCObserver(nn.Module):
         square_sum, error_sum = torch.zeros_like(self.square_sum), torch.zeros_like(self.error_sum)
         orders = [_order(running_amax, name) for name in self.channel_orders]
         for chunk in rows.split(max(1, CHUNK_ELEMENTS // max(1, rows.shape[1]))):
-            square_sum += chunk.float().square().sum(0)
-            for total, (error, order) in zip(
-                error_sum, channel_errors(chunk, orders), strict=True
-            ):
-                total += from_order(error.sum(0), order)
+            square_sum += chunk.float().square().sum(0, dtype=torch.float64)
+            for total, (error, order) in zip(error_sum, channel_errors(chunk, orders), strict=True):
+                total += from_order(error.sum(0, dtype=torch.float64), order)
         return Increment(amax, square_sum, error_sum, rows.shape[0], running_amax)
 
     def orders(self) -> list[Tensor | None]:

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from arc_ao.calibration.data import Batch
 from arc_ao.calibration.gram import Gram
@@ -31,6 +30,7 @@ from arc_ao.calibration.work_dir import WorkDir
 from arc_ao.inference import evaluation_mode, run_model, without_cache
 from arc_ao.memory import release_memory
 from arc_ao.methods.weights import LayerPlan
+from arc_ao.progress import SILENT, Progress
 from arc_ao.tensor import ARCTensor
 
 HIDDEN = "hidden_states"
@@ -116,7 +116,7 @@ def quantize_sequentially(
     finish: Callable[[Member, ARCTensor], None],
     *,
     work: WorkDir | None = None,
-    progress: bool = True,
+    progress: Progress = SILENT,
 ) -> None:
     """Convert the linears inside the model's blocks, in the order of execution.
 
@@ -131,8 +131,7 @@ def quantize_sequentially(
     linears = [member.module for group in groups for member in group]
     with evaluation_mode(model), torch.no_grad(), without_cache(model):
         chain = _record(model, find_blocks(model, linears), batches, linears)
-        bar = tqdm(range(len(chain.blocks)), desc="blocks", disable=not progress, leave=False)
-        for index in bar:
+        for index in progress.steps("round weights", range(len(chain.blocks))):
             inside = chain.groups(index, groups)
             members = [member for group in inside for member in group]
             kept = None if work is None else work.load_block(index)

@@ -1,4 +1,4 @@
-"""A random score of a model's output whose gradient has the Hessian of the divergence as covariance.
+"""A random score of a model's output; its gradient's covariance is the divergence's Hessian.
 
 For logits it is the log-likelihood of a label that is sampled from the model itself, whose gradient
 onehot - p has covariance diag(p) - p p^T, the Hessian of KL(p || softmax(logits + d)) at d = 0. For

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from arc_ao.calibration.data import Batch
 from arc_ao.calibration.session import CalibrationSession
@@ -23,6 +22,7 @@ from arc_ao.methods.compare_mixes import divergences, plans_of
 from arc_ao.methods.knapsack import Item, solve
 from arc_ao.methods.scores import group_worths
 from arc_ao.methods.weights import LayerPlan
+from arc_ao.progress import SILENT, Progress
 
 COMPARED_TOKENS = 8192  # on which mixes are compared; twice those of the recipe search
 UNIFORM_TRIED = 4
@@ -123,7 +123,7 @@ def search_mix(
     session: CalibrationSession,
     batches: list[Batch | Tensor],
     *,
-    progress: bool = True,
+    progress: Progress = SILENT,
 ) -> Search:
     """Measure the options of every input of a calibrated session, then mixes of them.
 
@@ -132,8 +132,8 @@ def search_mix(
         batches: on which the model's output is compared.
     """
     config, groups = session.config, session.groups()
-    bar = tqdm(groups, desc="measure choices", disable=not progress, leave=False)
-    menus = [make_menu(session, group, config) for group in bar]
+    steps = progress.steps("measure choices", groups)
+    menus = [make_menu(session, group, config) for group in steps]
     weights = group_worths(session, groups)
     roots = [math.sqrt(weight) for weight in weights]
     mixes = _distinct(

@@ -1,11 +1,9 @@
 """From statistics to plans: analyse every weight once, then plan any number of configs from it."""
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from arc_ao.calibration.fisher import ChannelFisher
 from arc_ao.calibration.observer import InputStatistics
@@ -29,6 +27,7 @@ from arc_ao.methods.weights import (
     in_order,
     quantize_weight,
 )
+from arc_ao.progress import SILENT, Progress
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class GroupAnalysis:
 
 
 def analyse_session(
-    session: CalibrationSession, config: ARCConfig, *, progress: bool = False
+    session: CalibrationSession, config: ARCConfig, *, progress: Progress = SILENT
 ) -> list[GroupAnalysis]:
     """Analyse the weights of a session under a resolved config.
 
@@ -63,7 +62,6 @@ def analyse_session(
     key = (config.channel_order, config.weight_scale, searched, seen)
     if session.analyses is None or session.analyses[0] != key:
         session.analyses = None  # freed before the next is made
-        bar = tqdm(groups, desc="analyse weights", disable=not progress, leave=False)
         made = [
             analyse_group(
                 group,
@@ -72,7 +70,7 @@ def analyse_session(
                 session.sample_of(group),
                 session.fisher_of(group, config.channel_order),
             )
-            for group in bar
+            for group in progress.steps("analyse weights", groups)
         ]
         session.analyses = (key, made)
         release_memory()
