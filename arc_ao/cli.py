@@ -193,9 +193,7 @@ def _calibration_batches(args: argparse.Namespace, config: Any, model: Any, toke
         width = _widest(model, config)
         tokens = tokens_for_width(width, window)
         reason = f"10 per input channel of the widest linear, {width:,}; at least 16,384"
-    text = read_text(path)
-    spread = args.calib is None
-    batches = text_batches(tokenizer, text, window=window, max_tokens=tokens, spread=spread)
+    batches = text_batches(tokenizer, read_text(path), window=window, max_tokens=tokens)
     count = sum(num_tokens(batch) for batch in batches)
     reason += ", as far as the text goes" if count + window <= tokens else ""
     print(f"calibrating on {count:,} tokens of {path.name}: {reason}", flush=True)

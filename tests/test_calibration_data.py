@@ -10,7 +10,6 @@ from torch import nn
 from arc_ao.calibration.data import (
     calibrate,
     num_tokens,
-    text_batches,
     to_batches,
     tokens_for_width,
 )
@@ -135,40 +134,6 @@ def test_every_module_returns_to_its_own_mode(fails):
 def test_progress_bar_can_be_turned_off(progress, capfd):
     calibrate(nn.Linear(4, 4), [torch.zeros(2, 4)], progress=progress)
     assert ("calibrate" in capfd.readouterr().err) is progress
-
-
-def letters(batches: list[torch.Tensor]) -> list[str]:
-    return [byte_tokenizer().decode(batch[0]).strip("\n") for batch in batches]
-
-
-def test_windows_spread_over_the_text_begin_with_lines_and_never_meet():
-    """Four windows of eight bytes from a text of 26 lines come from its four quarters."""
-    text = "".join(f"{chr(97 + i) * 9}\n" for i in range(26))
-    spread = text_batches(byte_tokenizer(), text, window=8, max_tokens=32, spread=True)
-    assert letters(spread) == ["a" * 8, "h" * 8, "o" * 8, "u" * 8]
-    first = text_batches(byte_tokenizer(), text, window=8, max_tokens=32)
-    assert "".join(letters(first)).replace("\n", "") == "a" * 9 + "b" * 9 + "c" * 9 + "d" * 2
-
-
-@pytest.mark.parametrize("text", ["one line without an end " * 4, "a\nb\n" * 20, "tiny"])
-def test_a_text_too_short_to_spread_windows_over_gives_its_beginning(text):
-    first, spread = (
-        text_batches(byte_tokenizer(), text, window=8, max_tokens=80, spread=choice)
-        for choice in (False, True)
-    )
-    assert len(first) == len(spread) and all(map(torch.equal, first, spread))
-
-
-def test_spread_windows_tokenize_only_a_bounded_part_of_the_text():
-    """A text a thousand times too long costs no more than sixteen characters a token."""
-    seen = []
-
-    def counting(text, **options):
-        seen.append(len(text))
-        return byte_tokenizer()(text, **options)
-
-    text_batches(counting, "some words\n" * 100_000, window=8, max_tokens=64, spread=True)
-    assert len(seen) == 8 and sum(seen) <= 16 * 64
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Calibration data: anything iterable becomes a list of keyword dicts that the model takes."""
 
 from collections.abc import Iterable, Mapping
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -61,46 +60,21 @@ def _to_batch(item: Any, index: int, tokenizer: Any, max_length: int) -> Batch |
 
 
 def text_batches(
-    tokenizer: Any,
-    text: str,
-    *,
-    window: int = 512,
-    max_tokens: int = 16_384,
-    spread: bool = False,
+    tokenizer: Any, text: str, *, window: int = 512, max_tokens: int = 16_384
 ) -> list[Tensor]:
     """Cut the first `max_tokens` tokens of a text into input ids [1, window].
-
-    Args:
-        spread: take the windows evenly spaced over the whole text instead, if it is long enough
-            for them not to meet; every window then begins with a line.
 
     Raises:
         ValueError: the text has less than two tokens.
     """
-    if spread:
-        windows = [
-            _token_ids(tokenizer, part, window) for part in _parts(text, max_tokens // window)
-        ]
-        if windows and all(len(ids) == window for ids in windows):
-            return [torch.tensor([ids]) for ids in windows]
-    ids = _token_ids(tokenizer, text, max_tokens)
+    text = text[: 16 * max_tokens]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids[:max_tokens]
     if len(ids) < 2:
         raise ValueError("calibration text is empty; expected at least a few hundred tokens")
     windows = [ids[i : i + window] for i in range(0, len(ids), window)]
     if len(windows) > 1 and len(windows[-1]) < window:
         windows.pop()
     return [torch.tensor([w]) for w in windows]
-
-
-def _token_ids(tokenizer: Any, text: str, count: int) -> list[int]:
-    """The first `count` tokens, without tokenizing much more than those."""
-    return tokenizer(text[: 16 * count], add_special_tokens=False, verbose=False).input_ids[:count]
-
-
-def _parts(text: str, count: int) -> list[str]:
-    """`count` pieces of about the same length, each from the beginning of a line on."""
-    marks = [text.find("\n", len(text) * i // count) + 1 for i in range(1, count)]
-    return [text[a:b] for a, b in pairwise([0, *marks, len(text)])] if count else []
 
 
 def tokens_for_width(in_features: int, window: int = 512) -> int:
