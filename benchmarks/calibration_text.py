@@ -21,7 +21,7 @@ from pathlib import Path
 from calibration_sources import ROOT, Section, all_sections
 
 OUTPUT = ROOT / "arc_ao" / "assets" / "text" / "calibration_mixed.txt"
-RUN = 13  # words in a row that count as an overlap
+RUN = 8  # words in a row that count as an overlap
 
 
 def spread(groups: list[list[Section]]) -> list[Section]:
@@ -72,7 +72,7 @@ def write(mixed: list[Section], output: Path) -> str:
 
 
 def print_shares(mixed: list[Section], label: Callable[[Section], str]) -> None:
-    """Bytes by label as a Markdown table, in the order of first appearance by kind."""
+    """Bytes and share by label, in alphabetical order, as rows of a Markdown table."""
     sizes: Counter[str] = Counter()
     for section in mixed:
         sizes[label(section)] += section.size
