@@ -78,9 +78,16 @@ def _add_quantize(commands: Any) -> None:
     quantize.add_argument("model", type=Path, help="model directory")
     quantize.add_argument("-o", "--output", type=Path, required=True, help="new directory")
     quantize.add_argument(
-        "--calib", type=Path, help='text file, or JSONL with "text"; default: a shipped text'
+        "--calib",
+        type=Path,
+        help='text file, or JSONL with "text"; default: a shipped text of several kinds',
     )
-    quantize.add_argument("--calib-tokens", type=int, default=16_384)
+    quantize.add_argument(
+        "--calib-tokens",
+        type=int,
+        metavar="N",
+        help="default: 10 per input channel of the widest linear, at least 16384",
+    )
     quantize.add_argument(
         "--budget",
         type=float,
@@ -154,13 +161,10 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _quantize(args: argparse.Namespace) -> None:
-    from arc_ao.calibration.data import text_batches
     from arc_ao.config import ARCConfig
     from arc_ao.config_budget import BudgetConfig
-    from arc_ao.eval.perplexity import read_text
     from arc_ao.integrations.huggingface import check_output, load_model, save_pretrained
     from arc_ao.quantize import quantize_
-    from arc_ao.shipped import CALIBRATION_TEXT
 
     check_output(args.output)
     given = {name: getattr(args, name) for name in ("budget", "recipe", "rounding", "extra_bits")}
@@ -168,15 +172,44 @@ def _quantize(args: argparse.Namespace) -> None:
     kind = ARCConfig if args.extra_bits is None else BudgetConfig
     config = kind(pad_in_features=args.pad_in_features, **given)
     model, tokenizer = load_model(args.model)
-    text = read_text(args.calib or CALIBRATION_TEXT)
-    window = min(512, getattr(model.config, "max_position_embeddings", 512))
-    batches = text_batches(tokenizer, text, window=window, max_tokens=args.calib_tokens)
+    batches = _calibration_batches(args, config, model, tokenizer)
     summary = quantize_(model, config, calibration_data=batches, work_dir=args.resume)
     save_pretrained(model, args.output, tokenizer)
     if summary.choices:
         print(summary.describe_choices())
     print(summary)
     print(f"wrote {args.output}")
+
+
+def _calibration_batches(args: argparse.Namespace, config: Any, model: Any, tokenizer: Any) -> list:
+    """Windows of --calib, or of the shipped text, and one line that says how many tokens."""
+    from arc_ao.calibration.data import num_tokens, text_batches, tokens_for_width
+    from arc_ao.eval.perplexity import read_text
+    from arc_ao.shipped import MIXED_TEXT
+
+    path, tokens, reason = args.calib or MIXED_TEXT, args.calib_tokens, "as asked for"
+    window = min(512, getattr(model.config, "max_position_embeddings", 512))
+    if tokens is None:
+        width = _widest(model, config)
+        tokens = tokens_for_width(width, window)
+        reason = f"10 per input channel of the widest linear, {width:,}; at least 16,384"
+    batches = text_batches(tokenizer, read_text(path), window=window, max_tokens=tokens)
+    count = sum(num_tokens(batch) for batch in batches)
+    reason += ", as far as the text goes" if count + window <= tokens else ""
+    print(f"calibrating on {count:,} tokens of {path.name}: {reason}", flush=True)
+    return batches
+
+
+def _widest(model: Any, config: Any) -> int:
+    """Largest in_features of the linears that will be quantized."""
+    import warnings
+
+    from arc_ao.targets import collect_targets
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # quantize_ gives the same ones
+        targets = collect_targets(model, config)
+    return max(linear.in_features for linear in targets.modules.values())
 
 
 def _eval(args: argparse.Namespace) -> None:
@@ -222,11 +255,11 @@ def _report(args: argparse.Namespace) -> None:
     from arc_ao.eval.plot import plot_report
     from arc_ao.eval.report import format_report, layer_report, save_report
     from arc_ao.integrations.huggingface import load_model
-    from arc_ao.shipped import CALIBRATION_TEXT
+    from arc_ao.shipped import MIXED_TEXT
 
     model, tokenizer = load_model(args.model)
     original, _ = load_model(args.original)
-    text = read_text(args.text or CALIBRATION_TEXT)
+    text = read_text(args.text or MIXED_TEXT)
     rows = layer_report(model, original, text_batches(tokenizer, text, max_tokens=args.tokens))
     _console().print(format_report(rows))
     if args.json:

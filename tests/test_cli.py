@@ -65,6 +65,25 @@ def test_quantize_chooses_by_layer(model_dir, text_file, tmp_path, capsys):
     assert "recipe='balanced' or 'best'" in capsys.readouterr().err
 
 
+def test_quantize_calibrates_on_the_mixed_text_by_the_models_width(model_dir, tmp_path, capsys):
+    """Without --calib and --calib-tokens: the shipped text, 16,384 tokens for a narrow model."""
+    output, unmeasured = tmp_path / "quantized", ["--recipe", "plain", "--budget", "0"]
+    assert main(["quantize", str(model_dir), "-o", str(output), *unmeasured]) == 0
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line == (
+        "calibrating on 16,384 tokens of calibration_mixed.txt: 10 per input channel of the "
+        "widest linear, 128; at least 16,384"
+    )
+
+
+def test_quantize_says_how_much_a_short_text_gives(model_dir, text_file, tmp_path, capsys):
+    output, unmeasured = tmp_path / "quantized", ["--recipe", "plain", "--budget", "0"]
+    command = ["quantize", str(model_dir), "-o", str(output), *unmeasured]
+    assert main([*command, "--calib", str(text_file)]) == 0
+    line = capsys.readouterr().out.splitlines()[0]
+    assert "tokens of text.txt" in line and line.endswith("as far as the text goes")
+
+
 def test_quantize_resumes(model_dir, text_file, tmp_path, monkeypatch):
     """An interrupted `--rounding gptq --resume` goes on and saves what a whole run saves."""
     options = ["--recipe", "balanced", "--rounding", "gptq"]

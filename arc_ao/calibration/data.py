@@ -77,6 +77,16 @@ def text_batches(
     return [torch.tensor([w]) for w in windows]
 
 
+def tokens_for_width(in_features: int, window: int = 512) -> int:
+    """Calibration tokens that the Hessians of a model want: 10 for every input channel of its
+    widest linear, in whole windows, and at least 16,384.
+
+    With fewer, GPTQ fits the sample: on held-out tokens the error of a linear with 1,536 channels
+    was above plain rounding's after 4,096 tokens and a third below it after 16,384.
+    """
+    return max(16_384, -(-10 * in_features // window) * window)
+
+
 def num_tokens(batch: Batch | Tensor) -> int:
     """Tokens in a batch: elements of its input ids (or of its leading tensor, rows)."""
     if isinstance(batch, Tensor):
