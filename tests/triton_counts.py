@@ -62,7 +62,7 @@ def quantizer(
         "TILE": tile,
         "FEW": 16,
     }
-    warps = triton_producers.num_warps(tile, constants["kind"])
+    warps = triton_producers.num_warps(tile, number, block_scale)
     options = {"num_warps": warps, "enable_fp_fusion": False}
     return build(triton_quantize.quantize_row, capability, QUANTIZE_ARGUMENTS, constants, **options)
 
@@ -120,7 +120,8 @@ def count_product(capability: int, rule: tuning.Rule, *, repeats: bool) -> Count
 def count_quantizer(capability: int, kind: str, *, block_scale: str = "amax") -> Count:
     """Of a row of 4096 channels in registers."""
     machine = quantizer(capability, kind, whole=True, block_scale=block_scale)
-    warps = triton_producers.num_warps(256, getattr(triton_inputs, kind).value)
+    number = getattr(triton_inputs, kind).value
+    warps = triton_producers.num_warps(256, number, block_scale)
     name = f"quantize {kind}{'' if block_scale == 'amax' else f', {block_scale}'}"
     elements = 4096 / (WARP_SIZE * warps)
     return Count(name, capability, machine.straight / elements, machine.registers, machine.spills)

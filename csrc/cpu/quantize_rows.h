@@ -5,18 +5,13 @@
 
 #include <type_traits>
 
-#include "e4m3.h"
 #include "kernels.h"
-#include "simd.h"
+#include "search_scales.h"
 
 namespace {
 
 using arc::BlockScale;
 using arc::DType;
-
-constexpr int32_t kInfBits = 0x7F800000;
-constexpr float kSixth = 1.0f / 6.0f;
-constexpr float kQuarter = 1.0f / 4.0f;
 
 // Calls run(std::integral_constant<DType, dtype>): what it does is compiled for each dtype. A vector
 // that depends on a branch would be kept in memory where it is wider than a register.
@@ -110,22 +105,6 @@ void store_row(const float* x, DType dtype, int64_t channels, void* out) {
   });
 }
 
-// e4m3 bits of v >= 0, nearest even in [2^-9, 448]; Inf and NaN (which come as lanes that are not
-// below Inf) give 0x7f.
-inline i32x16 e4m3_bits(f32x16 v) {
-  i32x16 magnitude = abs_bits(v);
-  i32x16 finite = less(magnitude, every(kInfBits));
-  i32x16 clamped = max(magnitude, every(bits<int32_t>(0x1p-9f)));
-  clamped = min(clamped, every(bits<int32_t>(448.0f)));
-  u32x16 u = bits<u32x16>(clamped);
-  u32x16 normal = ((u + 0x7FFFF + ((u >> 20) & 1)) >> 20) - (120 << 3);
-  // Below 2^-6 the unit of the last place is 2^-9: that of v + 2^14.
-  u32x16 shifted = bits<u32x16>(bits<f32x16>(clamped) + splat(0x1p14f));
-  u32x16 subnormal = shifted - bits<uint32_t>(0x1p14f);
-  u32x16 code = select(less(clamped, every(bits<int32_t>(0x1p-6f))), subnormal, normal);
-  return select(finite, bits<i32x16>(code), every(0x7F));
-}
-
 // 4-bit codes of v in every lane: nearest, ties to even, saturating at 6; NaN gives 0.
 inline i32x16 e2m1_codes(f32x16 v) {
   i32x16 u = bits<i32x16>(v), magnitude = u & 0x7FFFFFFF;
@@ -166,25 +145,6 @@ inline float sum_of_squares(f32x16 error) {
   return t[0] + t[1];
 }
 
-constexpr int64_t kScalesAtOnce = kLanes;
-
-struct BlockScales {
-  alignas(64) int32_t code[kScalesAtOnce];
-  alignas(64) float value[kScalesAtOnce];
-  alignas(64) float reciprocal[kScalesAtOnce];
-};
-
-inline void fill_scales(i32x16 code, BlockScales& scales) {
-  f32x16 value = e4m3_value(code);
-  store(scales.code, code);
-  store(scales.value, value);
-  store(scales.reciprocal, splat(1.0f) / value);
-}
-
-inline void make_scales(f32x16 block_max, float factor, BlockScales& scales) {
-  fill_scales(e4m3_bits(block_max * splat(factor)), scales);
-}
-
 // Codes and left-over of one block under one scale.
 inline i32x16 encode_block(f32x16 xs, const BlockScales& scales, int64_t b, f32x16& residual) {
   i32x16 codes = e2m1_codes(xs * splat(scales.reciprocal[b]));
@@ -217,13 +177,14 @@ inline Candidate candidate(f32x16 xs, const BlockScales& scales, int64_t b) {
   return c;
 }
 
-// What "mse" tries, in this order: nvfp4.CODE_OFFSETS.
-constexpr int32_t kCodeOffsets[] = {0, -1, 1, -2, 2, 3, 4, 5};
-constexpr int kCandidates = sizeof(kCodeOffsets) / sizeof(kCodeOffsets[0]);
-
-inline void make_neighbours(const BlockScales& first, int32_t offset, BlockScales& scales) {
-  i32x16 code = min(max(load<i32x16>(first.code) + offset, every(1)), every(0x7E));
-  fill_scales(code, scales);
+// xs of up to 16 blocks from x on, to their largest magnitudes; zero behind the last one.
+inline f32x16 largest_magnitudes(const float* x, f32x16 multiplier, int64_t count) {
+  alignas(64) int32_t found[kScalesAtOnce] = {};
+  for (int64_t b = 0; b < count; ++b) {
+    i32x16 magnitude = abs_bits(load<f32x16>(x + b * kLanes) * multiplier);
+    found[b] = largest_lane(max_of(low_half(magnitude), high_half(magnitude)));
+  }
+  return load<f32x16>(found);
 }
 
 template <BlockScale kMethod, bool Residual>
@@ -233,28 +194,22 @@ void quantize_row_as(
   const f32x16 multiplier = splat(inverse);
   for (int64_t first = 0; first < blocks; first += kScalesAtOnce) {
     const int64_t count = blocks - first < kScalesAtOnce ? blocks - first : kScalesAtOnce;
-    alignas(64) int32_t block_max[kScalesAtOnce] = {};
-    for (int64_t b = 0; b < count; ++b) {
-      f32x16 xs = load<f32x16>(x + (first + b) * kLanes) * multiplier;
-      i32x16 magnitude = abs_bits(xs);
-      block_max[b] = largest_lane(max_of(low_half(magnitude), high_half(magnitude)));
-    }
-    BlockScales tried[kMethod == BlockScale::kMse ? kCandidates : 2];
-    make_scales(load<f32x16>(block_max), kSixth, tried[0]);
-    if (kMethod == BlockScale::kFourOverSix) {
-      make_scales(load<f32x16>(block_max), kQuarter, tried[1]);
-    }
+    BlockScales six, four;
     if (kMethod == BlockScale::kMse) {
-      for (int i = 1; i < kCandidates; ++i) make_neighbours(tried[0], kCodeOffsets[i], tried[i]);
+      Columns columns;
+      columns.fill(x + first * kLanes, multiplier, count);
+      make_scales(columns.largest(), kSixth, six);
+      search_scales(columns, six);
+    } else {
+      const f32x16 largest = largest_magnitudes(x + first * kLanes, multiplier, count);
+      make_scales(largest, kSixth, six);
+      if (kMethod == BlockScale::kFourOverSix) make_scales(largest, kQuarter, four);
     }
-    constexpr int later = kMethod == BlockScale::kAmax          ? 0
-                          : kMethod == BlockScale::kFourOverSix ? 1
-                                                                : kCandidates - 1;
     for (int64_t b = 0; b < count; ++b) {
       const int64_t block = first + b;
       f32x16 xs = load<f32x16>(x + block * kLanes) * multiplier;
-      Candidate best = candidate(xs, tried[0], b);
-      for (int i = 1; i <= later; ++i) best.keep_better(candidate(xs, tried[i], b));
+      Candidate best = candidate(xs, six, b);
+      if (kMethod == BlockScale::kFourOverSix) best.keep_better(candidate(xs, four, b));
       store(qdata + block * arc::kBlockBytes, pack_codes(best.codes));
       scale[block] = uint8_t(best.scale_code);
       if (Residual) store(residual + block * kLanes, best.rest);

@@ -185,6 +185,16 @@ ARC_SHARED float squared_error(const float xs[kBlockSize], const EncodedBlock& b
   return total[0];
 }
 
+// Behind 0, the offsets of nvfp4.CODE_OFFSETS: -1, 1, 4, 5, 6. Not an array, which would be memory.
+constexpr int kLaterOffsets = 5;
+ARC_SHARED int later_offset(int i) { return i < 2 ? 2 * i - 1 : i + 2; }
+
+// The e4m3 code `offset` from `code`, within those of 2^-9 and 448.
+ARC_SHARED int neighbour(int code, int offset) {
+  const int moved = code + offset;
+  return moved < 1 ? 1 : moved < kNanScale ? moved : kNanScale - 1;
+}
+
 // A later candidate wins where its error is strictly less.
 struct LeastError {
   EncodedBlock block;
@@ -212,11 +222,8 @@ ARC_SHARED EncodedBlock encode_block(const float xs[kBlockSize], int block_scale
     least.try_scale(xs, e4m3_bits(mul(bits_as<float>(amax), kQuarter)));
     return least.block;
   }
-  constexpr int kOffsets[] = {-1, 1, -2, 2, 3, 4, 5};  // behind 0 in nvfp4.CODE_OFFSETS
-  for (const int offset : kOffsets) {
-    const int code = first + offset;
-    least.try_scale(xs, code < 1 ? 1 : code > 0x7E ? 0x7E : code);
-  }
+#pragma unroll 1
+  for (int i = 0; i < kLaterOffsets; ++i) least.try_scale(xs, neighbour(first, later_offset(i)));
   return least.block;
 }
 

@@ -14,8 +14,8 @@ from arc_ao.formats import nvfp4
 E4M3_NAN = tl.constexpr(0x7F)
 E4M3_SMALLEST_CODE = tl.constexpr(nvfp4.E4M3_SMALLEST_CODE)
 E4M3_LARGEST_CODE = tl.constexpr(nvfp4.E4M3_LARGEST_CODE)
-MOST_BELOW = tl.constexpr(-min(nvfp4.CODE_OFFSETS))
-MOST_ABOVE = tl.constexpr(max(nvfp4.CODE_OFFSETS))
+LATER_OFFSETS = tl.constexpr(nvfp4.CODE_OFFSETS[1:])
+NUM_LATER = tl.constexpr(len(nvfp4.CODE_OFFSETS) - 1)
 E4M3_MIN = tl.constexpr(2.0**-9)
 E4M3_MIN_NORMAL = tl.constexpr(2.0**-6)
 E4M3_MAX = tl.constexpr(448.0)
@@ -188,12 +188,10 @@ def _neighbour(bits, offset: tl.constexpr):
 
 @triton.jit
 def _search(blocks, first, n: tl.constexpr):
-    """Scale bits [n] of the least squared error: nvfp4.CODE_OFFSETS around `first`, by distance."""
+    """Scale bits [n] of the least squared error: nvfp4.CODE_OFFSETS from `first`."""
     bits, least = first, _error_under(blocks, first, n)
-    for distance in tl.static_range(1, MOST_ABOVE + 1):
-        if distance <= MOST_BELOW:
-            bits, least = _better(blocks, bits, least, _neighbour(first, -distance), n)
-        bits, least = _better(blocks, bits, least, _neighbour(first, distance), n)
+    for i in tl.static_range(NUM_LATER):
+        bits, least = _better(blocks, bits, least, _neighbour(first, LATER_OFFSETS[i]), n)
     return bits
 
 

@@ -25,7 +25,8 @@ LONG_TILE = 512  # blocks of a longer row read at a time
 HEAVY_TILE = 256  # blocks, in a row or of one, where larger tiles would spill registers
 FEW = 16  # extra blocks at a time
 ELEMENTS_PER_WARP = 1024
-HEAVY_ELEMENTS_PER_WARP = 512  # two live polynomials an element, or two inputs: more would spill
+# Two live polynomials an element, two inputs, or searched scales: more would spill.
+HEAVY_ELEMENTS_PER_WARP = 512
 
 
 class Source(NamedTuple):
@@ -136,9 +137,10 @@ def _is_heavy(kind: int, ordered: bool, block_scale: str) -> bool:
     return block_scale != "amax" or (ordered and is_norm)
 
 
-def num_warps(tile: int, kind: int) -> int:
-    """Warps for a tile of blocks of a kind of input."""
+def num_warps(tile: int, kind: int, block_scale: str = "amax") -> int:
+    """Warps for a tile of blocks of a kind of input, whose scales are chosen so."""
     is_heavy = kind == inputs.ADD_RMS_NORM.value or kind >= inputs.GELU.value
+    is_heavy |= block_scale == "mse"
     elements = HEAVY_ELEMENTS_PER_WARP if is_heavy else ELEMENTS_PER_WARP
     return min(16, max(1, tile * 16 // elements))
 
@@ -174,7 +176,7 @@ def _launch(
             1 if source.weight is None else weight.stride(0),
             kind=source.kind, origin=origin.value, ordered=order is not None,
             block_scale=block_scale, whole=whole, TILE=tile, FEW=FEW,
-            num_warps=num_warps(tile, source.kind), enable_fp_fusion=False,
+            num_warps=num_warps(tile, source.kind, block_scale), enable_fp_fusion=False,
         )  # fmt: skip
 
 
