@@ -35,15 +35,17 @@ def expected_costs(configs: list[ARCConfig], tokens: int, batches: int) -> dict[
 def _of_config(config: ARCConfig, tokens: int, batches: int) -> dict[str, float]:
     searched, length = config.searched, tokens / max(1, batches)
     orders = 2 if "channel_order" in searched else 1
-    costs = {"analyse weights": ANALYSE, "convert": CONVERT}
+    costs = {"convert": CONVERT}
     if tokens:
         costs["calibrate"] = tokens * (1 + OBSERVE * orders)
     if config.weighs_layers:
         costs["weigh layers"] = DIFFERENTIATE * min(tokens, FISHER_TOKENS)
     if searched:
         count = max(1, min(batches, int(SEARCH_TOKENS // max(1, length))))
-        runs = expected_runs(searched, count)
+        runs = expected_runs(config, count)
         costs["try recipes"] = ANALYSE * orders + runs * (RUN * length + QUANTIZE)
+    else:
+        costs["analyse weights"] = ANALYSE
     if config.needs_hessian:
         costs["round weights"] = GATHER * tokens + ROUND
     return costs

@@ -6,9 +6,9 @@
 
 Real models calibrate on the shipped text with as many tokens as `arc-ao quantize` takes, the random
 ones on random tokens. The forward is timed over all of them, half before and half after the call.
-Acceptance: the default in at most 30 forwards, "best" in 80; time per layer at 32 layers within 20 %
-of that at 8; the time left that the progress bar shows within 30 % of what was left, at the ends of
-stages between a tenth and nine tenths of the call. The last line of stdout is one JSON document.
+Acceptance: the default in at most 30 forwards, "best" in 80; time per layer at 32 layers within
+20 % of that at 8; the time left that the progress bar shows within 30 % of what was left, at the
+ends of stages between a tenth and nine tenths of the call. The last line of stdout is JSON.
 """
 
 import argparse

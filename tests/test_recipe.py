@@ -47,12 +47,12 @@ def searched(monkeypatch, divergence, **settings) -> list[Trial]:
         return [Trial(c, divergence(c), count) for c in configs]
 
     monkeypatch.setattr(recipe_module._Runs, "measure", measure)
-    session = CalibrationSession(ARCConfig(**settings))
+    session = CalibrationSession(ARCConfig(**{"layer_weights": "equal"} | settings))
     return search_recipe(nn.Identity(), session, batches(8))
 
 
 def test_each_field_is_tried_on_the_winner_so_far(monkeypatch):
-    """The base, the other order, four rates, then each other field with the best rate."""
+    """The base, the other order, the other block scales, four rates, then the granularity."""
     fields = {"exchange_rate": 3.0, "granularity": "channel"}
     fields |= {"activation_block_scale": "mse"}
 
@@ -60,12 +60,17 @@ def test_each_field_is_tried_on_the_winner_so_far(monkeypatch):
         return 1.0 - 0.2 * sum(getattr(config, k) == v for k, v in fields.items())
 
     winner, *rest = searched(monkeypatch, divergence)
-    rates = {("none", "block", rate, "amax") for rate in (0.0, 0.3, 1.0, 3.0, "inf")}
-    later = {("amax", "block", 1.0, "amax"), ("none", "channel", 3.0, "amax")}
+    before = {("none", "block", 1.0, "amax"), ("amax", "block", 1.0, "amax")}
+    rates = {("none", "block", rate, "mse") for rate in (0.0, 0.3, 1.0, 3.0, "inf")}
     assert key(winner) == ("none", "channel", 3.0, "mse")
-    assert {key(t) for t in rest} == rates | later and len(rest) == 7
+    assert {key(t) for t in rest} == before | rates and len(rest) == 7
     assert [t.divergence for t in rest] == sorted(t.divergence for t in rest)
     assert all(t.config.searched == [] for t in rest)
+
+
+def test_fewer_rates_are_tried_where_errors_have_one_unit(monkeypatch):
+    trials = searched(monkeypatch, lambda config: 1.0, layer_weights="fisher")
+    assert {t.config.exchange_rate for t in trials} == {0.3, 1.0, 3.0}
 
 
 def test_the_better_half_runs_on_all_batches():
@@ -105,7 +110,7 @@ def test_expected_runs_bound_what_a_search_runs(monkeypatch):
     session, data = session_on(model, config), batches(8)
     advance = recipe_module._Runs(model, session, data, lambda: ran.append(1))
     recipe_module._search(advance, config)
-    assert len(ran) == recipe_module.expected_runs(config.searched, 8)
+    assert len(ran) == recipe_module.expected_runs(config, 8)
 
 
 @pytest.mark.parametrize("field, value", [("channel_order", "amax"), ("exchange_rate", "inf")])

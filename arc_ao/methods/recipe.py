@@ -32,10 +32,12 @@ from arc_ao.progress import SILENT, Progress
 
 ROUNDS: dict[str, tuple[Any, ...]] = {
     "channel_order": ("none", "amax"),
+    "activation_block_scale": ("amax", "mse"),
     "exchange_rate": (0.0, 0.3, 1.0, 3.0, "inf"),
     "granularity": ("block", "channel"),
-    "activation_block_scale": ("amax", "mse"),
 }
+# Where errors of both kinds are in the same units, by their Fisher information.
+FISHER_RATES = (0.3, 1.0, 3.0)
 SEARCH_TOKENS = 4096
 SEARCH_BATCHES = 16  # weights are quantized anew for every batch and candidate
 EQUAL_WITHIN = 1.05
@@ -83,7 +85,7 @@ def search_recipe(
     observing, session.observing = session.observing, False
     try:
         with progress.stage("try recipes") as advance:
-            step = 1 / expected_runs(session.config.searched, len(batches))
+            step = 1 / expected_runs(session.config, len(batches))
             runs = _Runs(model, session, batches, lambda: advance(step))
             trials = _search(runs, session.config)
     finally:
@@ -94,12 +96,19 @@ def search_recipe(
 
 def _search(runs: "_Runs", config: ARCConfig) -> list[Trial]:
     trials = halve(runs, [config.resolve()])
-    for field, values in ROUNDS.items():
+    for field in ROUNDS:
         winner = best(trials).config
         if field in config.searched and _matters(field, winner):
-            tried = [v for v in values if v != getattr(winner, field)]
+            tried = [v for v in _values(field, config) if v != getattr(winner, field)]
             trials += halve(runs, [dataclasses.replace(winner, **{field: v}) for v in tried])
     return trials
+
+
+def _values(field: str, config: ARCConfig) -> tuple[Any, ...]:
+    """What is tried of a field."""
+    if field == "exchange_rate" and config.weighs_layers:
+        return FISHER_RATES
+    return ROUNDS[field]
 
 
 def halve(runs: "_Runs", configs: list[ARCConfig]) -> list[Trial]:
@@ -119,11 +128,11 @@ def first_batches(count: int) -> int:
     return max(1, count // 4)
 
 
-def expected_runs(searched: list[str], count: int) -> int:
+def expected_runs(config: ARCConfig, count: int) -> int:
     """Forwards of candidates, for `count` batches each, that a search makes at most."""
     runs = count
-    for field in searched:
-        candidates = len(ROUNDS[field]) - 1
+    for field in config.searched:
+        candidates = len(_values(field, config)) - 1
         kept = -(-candidates // 2)
         runs += candidates * first_batches(count) + kept * (count - first_batches(count))
     return runs
