@@ -74,8 +74,8 @@ def _add_demo(commands: Any) -> None:
 
 
 def _add_quantize(commands: Any) -> None:
-    quantize = _command(commands, "quantize", _quantize, "quantize a Hugging Face model")
-    quantize.add_argument("model", type=Path, help="model directory")
+    quantize = _command(commands, "quantize", _quantize, "quantize a Hugging Face or GGUF model")
+    quantize.add_argument("model", type=Path, help="model directory or GGUF file")
     quantize.add_argument("-o", "--output", type=Path, required=True, help="new directory")
     quantize.add_argument(
         "--calib", type=Path, help='text file, or JSONL with "text"; default: a shipped text'
@@ -108,8 +108,10 @@ def _add_quantize(commands: Any) -> None:
 
 def _add_eval(commands: Any) -> None:
     evaluate = _command(commands, "eval", _eval, "perplexity, KL, lm-eval tasks")
-    evaluate.add_argument("model", type=Path, help="model directory, quantized or not")
-    evaluate.add_argument("--original", type=Path, help="floating-point model to compare with")
+    evaluate.add_argument(
+        "model", type=Path, help="model directory, quantized or not, or GGUF file"
+    )
+    evaluate.add_argument("--original", type=Path, help="model to compare with, or GGUF file")
     evaluate.add_argument("--text", type=Path, help="text file; default: the shipped held-out text")
     evaluate.add_argument("--window", type=int, help="tokens per window")
     evaluate.add_argument("--max-tokens", type=int)
@@ -125,7 +127,9 @@ def _add_eval(commands: Any) -> None:
 def _add_report(commands: Any) -> None:
     report = _command(commands, "report", _report, "output SQNR, blocks and bits per layer")
     report.add_argument("model", type=Path, help="quantized model directory")
-    report.add_argument("--original", type=Path, required=True, help="the model before")
+    report.add_argument(
+        "--original", type=Path, required=True, help="the model before, or GGUF file"
+    )
     report.add_argument("--text", type=Path, help="text file; default: a shipped text")
     report.add_argument("--tokens", type=int, default=2048)
     report.add_argument("--json", type=Path, help="write the rows here")

@@ -12,6 +12,7 @@ from arc_ao.methods.recipe import Trial
 from arc_ao.tensor import ARCTensor
 
 SUMMARY = "_arc_summary"  # attribute of a quantized model
+SOURCE = "_arc_source"  # attribute of a model whose weights were quantized before: what they were
 EXCLUDED = "left unquantized by the budget search"
 
 
@@ -33,6 +34,7 @@ class QuantizationSummary:
             bits per weight, and the measured error of the linears behind its input.
         extra_bits: per weight over plain NVFP4's 4.5, linears that the budget left as they are
             included, as in extra_channels and extra_multiply_adds.
+        source: what had quantized the weights before, and to what; "" if nothing is known to.
     """
 
     configs: list[dict[str, Any]]
@@ -46,6 +48,7 @@ class QuantizationSummary:
     extra_multiply_adds: float = 0.0
     choices: dict[str, dict[str, Any]] = field(default_factory=dict)
     extra_bits: float = 0.0
+    source: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-serialisable dictionary."""
@@ -73,6 +76,7 @@ class QuantizationSummary:
             f"{self.extra_multiply_adds:.1%} extra multiply-adds, "
             f"{self.bits_per_weight:.2f} bits per weight; "
             f"{self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB"
+            + (f"; {self.source}" if self.source else "")
         )
 
 
@@ -103,6 +107,7 @@ def summarize(
         choices=choices,
         extra_bits=8 * (stored + sum(weight.nbytes for weight in left)) / max(1, total)
         - PLAIN_BITS,
+        source=getattr(model, SOURCE, ""),
     )
     setattr(model, SUMMARY, summary.to_dict())
     return summary
