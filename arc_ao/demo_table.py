@@ -81,9 +81,7 @@ class Subject:
         )
         size = saved_bytes(self.model.save_pretrained)
         rate = tokens_per_second(self.model, self.timed)
-        return DemoRow(
-            "bf16", metrics.perplexity, None, None, None, None, 16.0, size, None, rate
-        )
+        return DemoRow("bf16", metrics.perplexity, None, None, None, None, 16.0, size, None, rate)
 
     def quantized_rows(
         self, configs: dict[str, ARCConfig], batches: list[Tensor], console: Console

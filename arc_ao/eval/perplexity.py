@@ -36,7 +36,9 @@ class TextMetrics:
     tokens: int  # tokens scored
     windows: int
     window: int  # tokens per window
-    top1_agreement: float | None = None  # share of tokens whose likeliest follower is the reference's
+    top1_agreement: float | None = (
+        None  # share of tokens whose likeliest follower is the reference's
+    )
 
     def to_dict(self) -> dict[str, float | int | None]:
         """Plain dictionary."""
