@@ -28,7 +28,7 @@ CUDA_TOOLS := $(abspath $(VENV))/lib/python3*/site-packages/nvidia/cu13/bin
 .PHONY: help demo demo-llm test test-cuda-build lint sanitize format clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.stamp-run  ## quantize the shipped model and print what it costs and gains
 	$(BIN)/arc-ao demo
