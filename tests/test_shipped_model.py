@@ -86,7 +86,7 @@ def test_ours_closes_forty_percent_the_best_fifty_five(shipped, batches):
 
 
 def test_demo_writes_its_table_and_plot(tmp_path, monkeypatch):
-    """Every row with every figure, JSON and PNG; a second run replaces the first one's models."""
+    """Every row with every figure, JSON and PNG; a second run replaces the first one's files."""
     configs = {
         "NVFP4, plain": ARCConfig(budget=0.0, recipe="plain"),
         "ours": ARCConfig(budget=0.10, recipe="balanced"),
