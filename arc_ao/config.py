@@ -126,6 +126,7 @@ class ARCConfig(AOBaseConfig):
             take those of the unquantized model (methods/hessian.py), 4 in_features^2 bytes for
             every distinct input while it is under calibration.
         damping: what is added to the diagonal of GPTQ's Hessian, over the mean of that diagonal.
+            None: by the number of tokens for each input channel, 0.1 to 1.
         layer_weights: the worth of removed error in each layer: "equal" (errors relative to the
             layer's output), or "measured" (times the divergence of the model's output that
             quantizing this layer alone causes, over its relative error).
@@ -162,7 +163,7 @@ class ARCConfig(AOBaseConfig):
     activation_scale: Literal["token", "tensor", "static", "none"] | None = None
     four_over_six: bool | None = None
     rounding: Rounding | None = None
-    damping: float = 0.02
+    damping: float | None = None
     layer_weights: LayerWeights | None = None
     smooth: Smooth = "none"
     rotation: int = 0
@@ -231,10 +232,11 @@ class ARCConfig(AOBaseConfig):
             value = getattr(self, field)
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"ARCConfig.{field} must be a number >= 0, got {value!r}")
-        if not (isinstance(self.damping, (int, float)) and 0 < self.damping <= 10):
+        damping = self.damping
+        if damping is not None and not (isinstance(damping, (int, float)) and 0 < damping <= 10):
             raise ValueError(
-                f"ARCConfig.damping is relative to the Hessian's mean diagonal, expected more than "
-                f"0 and at most 10, got {self.damping!r}"
+                f"ARCConfig.damping is relative to the Hessian's mean diagonal, expected None, or "
+                f"more than 0 and at most 10, got {damping!r}"
             )
         for field in ("num_act_channels", "num_weight_channels"):
             value = getattr(self, field)

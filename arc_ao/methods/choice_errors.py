@@ -107,7 +107,7 @@ class GroupErrors:
         for i, (weight, rows) in enumerate(zip(self.weights, self.rows, strict=True)):
             plan = plan_member(self.analysis, i, selected, config)
             if gram is not None and rounding is None:
-                rounding = prepare_rounding(lambda: gram, plan, names)
+                rounding = prepare_rounding(lambda: gram, plan, names, len(self.fitted))
             tensor = quantized(weight, rows_of(plan, rows), rounding)
             difference = weight.float() - tensor.dequantize(torch.float32)
             error = (self.x.float() @ difference.t()).square().sum()
