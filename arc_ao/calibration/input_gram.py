@@ -38,7 +38,7 @@ class InputGram:
 
     @property
     def tokens(self) -> int:
-        """Rows in the sum."""
+        """Rows in the sum, as long as the others are kept."""
         return self.count - self.held.kept
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ In all flows GPTQ has to leave less error than rounding to nearest on rows that 
 sums, weight by weight; where it does not, the weight is rounded to nearest.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,9 +28,10 @@ from arc_ao.methods.few_tokens import RoundingNote, warn_of_few_tokens
 from arc_ao.methods.gptq import Rounding, prepare_rounding, round_weight
 from arc_ao.methods.held_error import held_error, held_rows
 from arc_ao.methods.rotation import rotate
-from arc_ao.methods.weights import LayerPlan, in_order, quantize_weight
+from arc_ao.methods.weights import LayerPlan, in_order, quantize_weight, rows_of
 from arc_ao.tensor import ARCTensor
 
+CHOICE_ROWS = 256  # of a weight that damping is chosen on
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -66,23 +68,23 @@ class Rounded:
 class GroupRounding:
     """Rounds the weights of the linears that read one input, given the sum of its products.
 
+    Fitted when the first weight comes: an open damping is chosen by the error of some of its rows.
+
     Args:
-        plan: of one of them; they share what concerns the input.
         names: of the linears, for warnings.
-        gram: of their input; handed over. None where the plan needs none.
+        gram: of their input; handed over. None where their plans need none.
     """
 
-    def __init__(self, plan: LayerPlan, names: list[str], gram: InputGram | None) -> None:
+    def __init__(self, names: list[str], gram: InputGram | None) -> None:
+        self.names, self.gram = names, gram
         self.tokens = 0 if gram is None else gram.count
-        self.rounding, self.rows = None, None
-        if gram is None or not plan.config.needs_hessian:
-            return
-        self.rounding = prepare_rounding(lambda: taken(gram, plan), plan, names, gram.tokens)
-        if self.rounding is not None and self.rounding.lower is not None:
-            self.rows = held_rows(gram, plan)
+        self.rounding: Rounding | None = None
+        self.rows: Tensor | None = None  # kept aside
 
     def quantize(self, weight: Tensor, plan: LayerPlan) -> Rounded:
         """Weight [N, K] under its plan: by GPTQ or to nearest, as the rows kept aside decide."""
+        if self.gram is not None and plan.config.needs_hessian:
+            self._fit(weight, plan)
         tensor, channels = quantized(weight, plan, self.rounding), weight.shape[1]
         if self.rounding is None or self.rounding.lower is None:
             return Rounded(tensor, RoundingNote("nearest", None, self.tokens, channels))
@@ -94,12 +96,33 @@ class GroupRounding:
                 tensor, kept = nearest, "nearest"
         return Rounded(tensor, RoundingNote(kept, self.rounding.damping, self.tokens, channels))
 
+    def _fit(self, weight: Tensor, plan: LayerPlan) -> None:
+        gram, self.gram = self.gram, None
+        summed = gram.tokens
+        if plan.config.rounding == "gptq":
+            self.rows = held_rows(gram, plan)
+        some = slice(None, None, -(-weight.shape[0] // CHOICE_ROWS))
+        part, part_plan = weight[some], rows_of(plan, some)
+
+        def error(rounding: Rounding) -> float:
+            if rounding.lower is None:
+                return math.inf
+            return held_error(part, round_weight(part, part_plan, rounding), part_plan, self.rows)
+
+        self.rounding = prepare_rounding(
+            lambda: taken(gram, plan),
+            plan,
+            self.names,
+            summed,
+            None if self.rows is None else error,
+        )
+
 
 def quantize_group(
     weights: list[Tensor], plans: list[LayerPlan], names: list[str], gram: InputGram | None
 ) -> Iterator[Rounded]:
     """Weights [N, K] of the linears that read one input, each made when it is asked for."""
-    group = GroupRounding(plans[0], names, gram)
+    group = GroupRounding(names, gram)
     for weight, plan in zip(weights, plans, strict=True):
         yield group.quantize(weight, plan)
 
@@ -129,7 +152,7 @@ class SharedRounding:
     def quantize(self, name: str, weight: Tensor, plan: LayerPlan) -> ARCTensor:
         """The weight [N, K] of one linear."""
         if self.group is None:
-            self.group = GroupRounding(plan, self.names, self.gram())
+            self.group = GroupRounding(self.names, self.gram())
         tensor = self.group.quantize(weight, plan).tensor
         self.left.discard(name)
         if not self.left:
