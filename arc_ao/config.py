@@ -121,12 +121,14 @@ class ARCConfig(AOBaseConfig):
             "four_over_six", "local_hessian" (searched, weighted by the 16 x 16 diagonal blocks of
             E[x x^T]; which Hessian as for rounding "gptq").
         rounding: of weights: "nearest", or "gptq", which rounds column by column and lets later
-            columns make up for the error (methods/gptq.py). The one call goes block by block, with
-            Hessians of inputs from quantized predecessors; the three steps and the graph flow
-            take those of the unquantized model (methods/hessian.py), 4 in_features^2 bytes for
-            every distinct input while it is under calibration.
+            columns make up for the error (methods/gptq.py), wherever that leaves less error on
+            tokens kept aside. The one call goes block by block, with Hessians of inputs from
+            quantized predecessors; the three steps and the graph flow take those of the unquantized
+            model (methods/hessian.py), 4 in_features^2 bytes and 1024 rows for every distinct input
+            while it is under calibration.
         damping: what is added to the diagonal of GPTQ's Hessian, over the mean of that diagonal.
-            None: by the number of tokens for each input channel, 0.1 to 1.
+            None: by the number of tokens for each input channel, 0.1 to 1, or 0.02 where that
+            leaves less error on tokens kept aside.
         layer_weights: the worth of removed error in each layer: "equal" (errors relative to the
             layer's output), or "measured" (times the divergence of the model's output that
             quantizing this layer alone causes, over its relative error).

@@ -28,18 +28,15 @@ class InputGram:
     """Sum of w x^T x, fp32, over rows x of inputs [*, K] that are not held out.
 
     Attributes:
-        count: rows seen; held: those kept aside; tokens: the others, which are summed.
+        count: rows seen.
+        tokens: those of them that are summed.
+        held: the others.
     """
 
     def __init__(self) -> None:
-        self.count, self.held = 0, HeldOut()
+        self.count, self.tokens, self.held = 0, 0, HeldOut()
         self._sum: Tensor | None = None
         self._weight = 0.0  # of all rows in the sum
-
-    @property
-    def tokens(self) -> int:
-        """Rows in the sum, as long as the others are kept."""
-        return self.count - self.held.kept
 
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
@@ -47,6 +44,7 @@ class InputGram:
         rows = x.detach().reshape(-1, x.shape[-1])
         self.count += rows.shape[0]
         rows = self.held.split(rows)
+        self.tokens += rows.shape[0]
         weights = token_weights(rows)
         for chunk, weight in zip(row_chunks(rows), row_chunks(rows, weights), strict=True):
             self.add_products(self.met(chunk) * weight.sqrt().unsqueeze(1))
@@ -69,6 +67,7 @@ class InputGram:
         if other._sum is not None:
             self._sum = other._sum.clone() if self._sum is None else self._sum.add_(other._sum)
         self.count += other.count
+        self.tokens += other.tokens
         self._weight += other._weight
         self.held.merge(other.held)
 
@@ -79,11 +78,12 @@ class InputGram:
         if total is None:
             channels, device = per_channel.shape[0], per_channel.device
             total = torch.zeros(channels, channels, device=device)
-        seen = torch.tensor([self.count, self._weight], dtype=torch.float64, device=total.device)
+        seen = [self.count, self.tokens, self._weight]
+        seen = torch.tensor(seen, dtype=torch.float64, device=total.device)
         for part in (total, seen):
             dist.all_reduce(part, op=dist.ReduceOp.SUM, group=group)
         self.held.all_gather(group)
-        self.count, self._weight = int(seen[0]), seen[1].item()
+        self.count, self.tokens, self._weight = int(seen[0]), int(seen[1]), seen[2].item()
         self._sum = total if self.count else None
 
     def take(self) -> Tensor | None:

@@ -98,7 +98,6 @@ class GroupRounding:
 
     def _fit(self, weight: Tensor, plan: LayerPlan) -> None:
         gram, self.gram = self.gram, None
-        summed = gram.tokens
         if plan.config.rounding == "gptq":
             self.rows = held_rows(gram, plan)
         some = slice(None, None, -(-weight.shape[0] // CHOICE_ROWS))
@@ -113,7 +112,7 @@ class GroupRounding:
             lambda: taken(gram, plan),
             plan,
             self.names,
-            summed,
+            gram.tokens,
             None if self.rows is None else error,
         )
 
