@@ -121,11 +121,14 @@ class ARCConfig(AOBaseConfig):
             "four_over_six", "local_hessian" (searched, weighted by the 16 x 16 diagonal blocks of
             E[x x^T]; which Hessian as for rounding "gptq").
         rounding: of weights: "nearest", or "gptq", which rounds column by column and lets later
-            columns make up for the error (methods/gptq.py). The one call goes block by block, with
-            Hessians of inputs from quantized predecessors; the three steps and the graph flow
-            take those of the unquantized model (methods/hessian.py), 4 in_features^2 bytes for
-            every distinct input while it is under calibration.
+            columns make up for the error (methods/gptq.py), wherever that leaves less error on
+            tokens kept aside. The one call goes block by block, with Hessians of inputs from
+            quantized predecessors; the three steps and the graph flow take those of the unquantized
+            model (methods/hessian.py), 4 in_features^2 bytes and 1024 rows for every distinct input
+            while it is under calibration.
         damping: what is added to the diagonal of GPTQ's Hessian, over the mean of that diagonal.
+            None: by the number of tokens for each input channel, 0.1 to 1, or 0.02 where that
+            leaves less error on tokens kept aside.
         layer_weights: the worth of removed error in each layer: "equal" (errors relative to the
             layer's output), or "fisher" (by what they cost the model's output, its diagonal Fisher
             information; one backward pass a batch, calibration/fisher.py).
@@ -167,7 +170,7 @@ class ARCConfig(AOBaseConfig):
     activation_scale: Literal["token", "tensor", "static", "none"] | None = None
     activation_block_scale: BlockScale | None = None
     rounding: Rounding | None = None
-    damping: float = 0.02
+    damping: float | None = None
     layer_weights: LayerWeights | None = None
     smooth: Smooth = "none"
     rotation: int = 0
@@ -256,10 +259,11 @@ class ARCConfig(AOBaseConfig):
             value = getattr(self, field)
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"ARCConfig.{field} must be a number >= 0, got {value!r}")
-        if not (isinstance(self.damping, (int, float)) and 0 < self.damping <= 10):
+        damping = self.damping
+        if damping is not None and not (isinstance(damping, (int, float)) and 0 < damping <= 10):
             raise ValueError(
-                f"ARCConfig.damping is relative to the Hessian's mean diagonal, expected more than "
-                f"0 and at most 10, got {self.damping!r}"
+                f"ARCConfig.damping is relative to the Hessian's mean diagonal, expected None, or "
+                f"more than 0 and at most 10, got {damping!r}"
             )
         for field in ("num_act_channels", "num_weight_channels"):
             value = getattr(self, field)

@@ -105,13 +105,14 @@ def quantize_(
             if id(layer_config) not in resolved:
                 _apply(model, layer_config, modules)  # another library's config
     sessions = [session for *_, session in resolved.values()]
+    notes = {}
     if any(final.needs_hessian for final, *_ in resolved.values()):
-        convert_blocks(model, sessions, batches, _swap_weight, work=work, progress=stages)
+        notes = convert_blocks(model, sessions, batches, _swap_weight, work=work, progress=stages)
     _convert_groups([(resolved[id(c)][0], modules) for c, modules in arc_groups], stages)
     attach_quantizer(model)
     choices = {name: found for session in sessions for name, found in session.choices.items()}
     tried = [(final, trials) for final, trials, _ in resolved.values()]
-    return summarize(model, tried, targets.skipped, before, choices, stages.seconds)
+    return summarize(model, tried, targets.skipped, before, choices, notes, stages.seconds)
 
 
 def _stages(configs: list[ARCConfig], batches: list[Batch | Tensor], show: bool) -> Progress:

@@ -8,6 +8,7 @@ from torchao.core.config import config_to_dict
 
 from arc_ao.config import ARCConfig
 from arc_ao.cost import PLAIN_BITS, extra_cost
+from arc_ao.methods.few_tokens import RoundingNote
 from arc_ao.methods.recipe import Trial
 from arc_ao.tensor import ARCTensor
 
@@ -23,7 +24,8 @@ class QuantizationSummary:
     Attributes:
         configs: the configs that were applied, every field resolved.
         trials: candidates measured per config, the winner first.
-        layers: fully qualified name -> residual channels of each kind and bits per weight.
+        layers: fully qualified name -> residual channels of each kind, bits per weight, and how it
+            was rounded (with GPTQ also damping and tokens; see methods/few_tokens.py).
         skipped: linears left alone and why.
         bytes_before, bytes_after: parameters and buffers of the whole model.
         extra_channels: augmented columns over in_features, weighted by out_features.
@@ -88,10 +90,11 @@ def summarize(
     skipped: dict[str, str],
     bytes_before: int,
     choices: dict[str, dict[str, Any]] | None = None,
+    notes: dict[str, RoundingNote] | None = None,
     seconds: dict[str, float] | None = None,
 ) -> QuantizationSummary:
     """Summary of a quantized model, also kept on it for `save_pretrained`."""
-    tensors, choices = arc_tensors(model), choices or {}
+    tensors, choices, notes = arc_tensors(model), choices or {}, notes or {}
     weights = sum(t.shape[0] * t.in_features for t in tensors.values())
     left = [model.get_submodule(name).weight for name in choices if name not in tensors]
     skipped = skipped | dict.fromkeys(choices.keys() - tensors.keys(), EXCLUDED)
@@ -100,7 +103,7 @@ def summarize(
     summary = QuantizationSummary(
         configs=[config_to_dict(config.with_step(None)) for config, _ in resolved],
         trials=[[trial.to_dict() for trial in trials] for _, trials in resolved],
-        layers={name: _layer(tensor) for name, tensor in tensors.items()},
+        layers={name: _layer(tensor, notes.get(name)) for name, tensor in tensors.items()},
         skipped=skipped,
         bytes_before=bytes_before,
         bytes_after=model_bytes(model),
@@ -132,8 +135,11 @@ def model_bytes(model: nn.Module) -> int:
     return sum(t.nbytes_stored if isinstance(t, ARCTensor) else t.nbytes for t in tensors.values())
 
 
-def _layer(tensor: ARCTensor) -> dict[str, Any]:
-    return {
+def _layer(tensor: ARCTensor, note: RoundingNote | None) -> dict[str, Any]:
+    rounding = {"rounding": "nearest"}
+    if note is not None and note.damping is not None:
+        rounding = {key: getattr(note, key) for key in ("rounding", "damping", "tokens")}
+    return rounding | {
         "shape": list(tensor.shape),
         "act_channels": tensor.num_act_channels,
         "weight_channels": tensor.num_weight_channels,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from arc_ao.calibration.input_gram import InputGram
 from arc_ao.calibration.observer import ARCObserver
 from arc_ao.calibration.shared_inputs import SharedInputs
 from arc_ao.config import ARCConfig
@@ -109,13 +110,13 @@ class CalibrationSession:
         rows = [r for r in found if r is not None]
         return torch.cat(rows) if rows else None
 
-    def gram_of(self, group: list[Member]) -> Tensor | None:
-        """E[x^T x] of the input of a group, handed over; None where nothing was summed."""
+    def gram_of(self, group: list[Member]) -> InputGram:
+        """The sum of the products of the input of a group, handed over."""
         first, *others = [observer_on(member.module).gram for member in group]
         for other in others:
             first.merge(other)
             other.take()
-        return first.take()
+        return first
 
     def leave(self, names: set[str]) -> None:
         """Let members go that are not to be quantized."""

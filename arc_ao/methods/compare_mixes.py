@@ -50,7 +50,7 @@ def _tensors(
     if first.config.needs_hessian:
         gram = Gram(first)
         gram.add(menu.sample)
-        rounding = prepare_rounding(gram.take, first, names)
+        rounding = prepare_rounding(gram.take, first, names, gram.tokens)
     return [
         (m.module, quantized(m.module.weight.detach(), plans[m.name], rounding).packed())
         for m in menu.members

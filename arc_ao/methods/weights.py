@@ -1,6 +1,6 @@
 """Weights to NVFP4: block scales and error energies first, codes and residuals when decided."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +38,13 @@ class LayerPlan:
     mean_square: Tensor | None = None  # fp32 [K16], importance of weight errors
     mean_error: Tensor | None = None  # fp32 [K16], importance of errors in copied columns
     prepared: Preparation = UNTOUCHED
+
+
+def rows_of(plan: LayerPlan, rows: slice) -> LayerPlan:
+    """The plan of some output rows of its linear."""
+    branches = tuple(replace(b, up=b.up[rows]) for b in plan.prepared.branches)
+    scale = None if plan.scale is None else plan.scale[rows]
+    return replace(plan, scale=scale, prepared=replace(plan.prepared, branches=branches))
 
 
 def _num_blocks(weight: Tensor) -> int:
