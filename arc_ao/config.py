@@ -3,12 +3,12 @@
 import dataclasses
 import enum
 import math
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Any, Literal
 
 from torchao.core.config import AOBaseConfig
 
-from arc_ao.formats.nvfp4 import BLOCK_SIZE
+from arc_ao.formats.nvfp4 import BLOCK_SCALES, BLOCK_SIZE, BlockScale
 
 ChannelOrder = Literal["none", "amax"]
 Granularity = Literal["block", "channel"]
@@ -18,7 +18,7 @@ Branch = Literal["svd", "arhq"]
 Recipe = Literal["auto", "best", "tuned", "balanced", "paper", "plain"]
 WeightScale = Literal["amax", "mse", "four_over_six", "local_hessian"]
 Rounding = Literal["nearest", "gptq"]
-LayerWeights = Literal["equal", "measured"]
+LayerWeights = Literal["equal", "fisher"]
 Step = Literal["prepare", "convert", "prepare_for_loading"]
 Activation = Literal["nvfp4", "bf16"]
 
@@ -31,7 +31,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "channel_order": "none",
         "granularity": "block",
         "exchange_rate": 1.0,
-        "four_over_six": False,
+        "activation_block_scale": "amax",
         "weight_scale": "mse",
         "activation_scale": "token",
         "rounding": "nearest",
@@ -42,7 +42,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "channel_order": "amax",
         "granularity": "block",
         "exchange_rate": 0.0,
-        "four_over_six": False,
+        "activation_block_scale": "amax",
         "weight_scale": "amax",
         "activation_scale": "tensor",
         "rounding": "nearest",
@@ -53,7 +53,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "channel_order": "none",
         "granularity": "block",
         "exchange_rate": 1.0,
-        "four_over_six": False,
+        "activation_block_scale": "amax",
         "weight_scale": "amax",
         "activation_scale": "token",
         "rounding": "nearest",
@@ -61,18 +61,18 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 SAMPLE_TOKENS = 2048  # input rows kept a layer where means over single channels do not suffice
-RECIPES["auto"] = RECIPES["balanced"] | {"layer_weights": "measured"}
+RECIPES["auto"] = RECIPES["balanced"] | {"layer_weights": "fisher"}
 RECIPES["best"] = RECIPES["auto"] | {"rounding": "gptq"}
 RECIPES["tuned"] = RECIPES["best"]  # and then trained (methods/tuning)
 SEARCHING = ("auto", "best", "tuned")
-SEARCHED_FIELDS = ("channel_order", "granularity", "exchange_rate", "four_over_six")
+SEARCHED_FIELDS = ("channel_order", "granularity", "exchange_rate", "activation_block_scale")
 # What activation="bf16" leaves of the choices: only weights have residuals, in their own order.
 WEIGHT_ONLY: dict[str, Any] = {
     "channel_order": "none",
     "granularity": "block",
     "exchange_rate": "inf",
     "activation_scale": "none",
-    "four_over_six": False,
+    "activation_block_scale": "amax",
     "rotation": 0,
     "rank": 0,
 }
@@ -84,9 +84,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "granularity": ("block", "channel", None),
     "weight_scale": ("amax", "mse", "four_over_six", "local_hessian", None),
     "rounding": ("nearest", "gptq", None),
-    "layer_weights": ("equal", "measured", None),
+    "layer_weights": ("equal", "fisher", None),
     "activation_scale": ("token", "tensor", "static", "none", None),
-    "four_over_six": (True, False, None),
+    "activation_block_scale": (*BLOCK_SCALES, None),
     "smooth": ("none", "flatten", "search", "awq"),
     "rotation": (0, 16, 32, 64, 128),
     "branch": ("svd", "arhq"),
@@ -123,17 +123,24 @@ class ARCConfig(AOBaseConfig):
             "four_over_six", "local_hessian" (searched, weighted by the 16 x 16 diagonal blocks of
             E[x x^T]; which Hessian as for rounding "gptq").
         rounding: of weights: "nearest", or "gptq", which rounds column by column and lets later
-            columns make up for the error (methods/gptq.py). The one call goes block by block, with
-            Hessians of inputs from quantized predecessors; the three steps and the graph flow
-            take those of the unquantized model (methods/hessian.py), 4 in_features^2 bytes for
-            every distinct input while it is under calibration.
+            columns make up for the error (methods/gptq.py), wherever that leaves less error on
+            tokens kept aside. The one call goes block by block, with Hessians of inputs from
+            quantized predecessors; the three steps and the graph flow take those of the unquantized
+            model (methods/hessian.py), 4 in_features^2 bytes and 1024 rows for every distinct input
+            while it is under calibration.
         damping: what is added to the diagonal of GPTQ's Hessian, over the mean of that diagonal.
+            None: by the number of tokens for each input channel, 0.1 to 1, or 0.02 where that
+            leaves less error on tokens kept aside.
         layer_weights: the worth of removed error in each layer: "equal" (errors relative to the
-            layer's output), or "measured" (times the divergence of the model's output that
-            quantizing this layer alone causes, over its relative error).
+            layer's output), or "fisher" (by what they cost the model's output, its diagonal Fisher
+            information; one backward pass a batch, calibration/fisher.py).
         activation_scale: outer scale of activations: "token" (one per row), "tensor", "static"
             (calibrated constant). "none" belongs to activation="bf16" and follows from it.
-        four_over_six: choose each activation block's scale between amax/6 and amax/4.
+        activation_block_scale: block scales of activations, chosen at run time: "amax" (amax/6),
+            "four_over_six" (amax/6 or amax/4), "mse" (searched around amax/6); the two choose by
+            the block's squared error.
+        four_over_six: the old spelling of `activation_block_scale`, for arguments alone: True is
+            "four_over_six", False is "amax".
         smooth: channel scales moved from inputs to weights: "none", "flatten" (SERQ: inputs to amax
             1), "search" (SmoothQuant: by the layer's output error), "awq" (by the error of rounding
             the weight alone; the usual partner of activation="bf16").
@@ -150,7 +157,8 @@ class ARCConfig(AOBaseConfig):
         step: None (one call), or torchao's steps "prepare", "convert", "prepare_for_loading".
 
     Raises:
-        ValueError: a field outside its choices, naming the field and the choices.
+        ValueError: a field outside its choices, naming the field and the choices; both spellings
+            of `activation_block_scale`, if they disagree.
     """
 
     budget: float | None = 0.06
@@ -163,9 +171,9 @@ class ARCConfig(AOBaseConfig):
     num_weight_channels: int | None = None
     weight_scale: WeightScale | None = None
     activation_scale: Literal["token", "tensor", "static", "none"] | None = None
-    four_over_six: bool | None = None
+    activation_block_scale: BlockScale | None = None
     rounding: Rounding | None = None
-    damping: float = 0.02
+    damping: float | None = None
     layer_weights: LayerWeights | None = None
     smooth: Smooth = "none"
     rotation: int = 0
@@ -177,8 +185,12 @@ class ARCConfig(AOBaseConfig):
     activation: Activation = "nvfp4"
     step: Step | None = None
     version: int = 1
+    four_over_six: InitVar[bool | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, four_over_six: bool | None) -> None:
+        self._take_old_spelling(four_over_six)
+        if self.layer_weights == "measured":  # by one forward a layer, in earlier checkpoints
+            self.layer_weights = "fisher"
         if isinstance(self.step, enum.Enum):
             self.step = self.step.value  # torchao's QuantizationStep, which does not deserialise
         for field, choices in CHOICES.items():
@@ -191,6 +203,22 @@ class ARCConfig(AOBaseConfig):
             self.exchange_rate = _checked_rate(self.exchange_rate)
         self._check_activation()
         self._check_numbers()
+
+    def _take_old_spelling(self, four_over_six: bool | None) -> None:
+        if four_over_six is None:
+            return
+        if not isinstance(four_over_six, bool):
+            raise ValueError(
+                f"ARCConfig.four_over_six must be one of (True, False, None), got {four_over_six!r}"
+            )
+        method = block_scale_of(four_over_six)
+        if self.activation_block_scale not in (None, method):
+            raise ValueError(
+                f"ARCConfig.four_over_six={four_over_six} is the old spelling of "
+                f"activation_block_scale={method!r}, got "
+                f"activation_block_scale={self.activation_block_scale!r}, too; give one of them"
+            )
+        self.activation_block_scale = method
 
     def _check_activation(self) -> None:
         """Settle what activation="bf16" settles; refuse what contradicts it."""
@@ -235,10 +263,11 @@ class ARCConfig(AOBaseConfig):
             value = getattr(self, field)
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"ARCConfig.{field} must be a number >= 0, got {value!r}")
-        if not (isinstance(self.damping, (int, float)) and 0 < self.damping <= 10):
+        damping = self.damping
+        if damping is not None and not (isinstance(damping, (int, float)) and 0 < damping <= 10):
             raise ValueError(
-                f"ARCConfig.damping is relative to the Hessian's mean diagonal, expected more than "
-                f"0 and at most 10, got {self.damping!r}"
+                f"ARCConfig.damping is relative to the Hessian's mean diagonal, expected None, or "
+                f"more than 0 and at most 10, got {damping!r}"
             )
         if not (isinstance(self.tuning_minutes, (int, float)) and self.tuning_minutes > 0):
             raise ValueError(
@@ -303,7 +332,7 @@ class ARCConfig(AOBaseConfig):
     def weighs_layers(self) -> bool:
         """True where layers' weights are measured: blocks of all layers compete."""
         competing = self.has_residuals and not self.explicit
-        return competing and self.resolve().layer_weights == "measured"
+        return competing and self.resolve().layer_weights == "fisher"
 
     @property
     def needs_calibration(self) -> bool:
@@ -338,6 +367,11 @@ class ARCConfig(AOBaseConfig):
     def with_step(self, step: Step | None) -> "ARCConfig":
         """Copy for one of torchao's steps."""
         return dataclasses.replace(self, step=step)
+
+
+def block_scale_of(four_over_six: bool) -> BlockScale:
+    """What `four_over_six`, in checkpoints before `activation_block_scale`, stands for."""
+    return "four_over_six" if four_over_six else "amax"
 
 
 def _checked_rate(rate: float | str) -> float | str:

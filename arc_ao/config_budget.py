@@ -23,8 +23,9 @@ class BudgetConfig(ARCConfig):
     measured wins. Needs one call with calibration data; of the model it keeps one quantized copy
     while mixes are compared.
 
-    Fields that ARCConfig leaves to a recipe and that are None here (channel_order, four_over_six)
-    are chosen for each layer, too. rounding="gptq" measures errors after GPTQ's rounding.
+    Fields that ARCConfig leaves to a recipe and that are None here (channel_order,
+    activation_block_scale) are chosen for each layer, too. rounding="gptq" measures errors after
+    GPTQ's rounding.
 
     Args:
         extra_bits: stored bits per weight over plain NVFP4's 4.5, over all linears of this config,
@@ -39,12 +40,12 @@ class BudgetConfig(ARCConfig):
 
     budget: float | None = 0.10
     recipe: Recipe = "balanced"
-    layer_weights: LayerWeights | None = "measured"
+    layer_weights: LayerWeights | None = "fisher"
     extra_bits: float = 0.25
     methods: list[Method] = dataclasses.field(default_factory=lambda: list(METHODS))
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def __post_init__(self, four_over_six: bool | None) -> None:
+        super().__post_init__(four_over_six)
         self.methods = list(self.methods)  # torchao stores lists
         unknown = [method for method in self.methods if method not in METHODS]
         if unknown:
@@ -91,7 +92,7 @@ class BudgetConfig(ARCConfig):
     @property
     def weighs_layers(self) -> bool:
         """Whether errors are weighed by what the model's output suffers from them."""
-        return self.resolve().layer_weights == "measured"
+        return self.resolve().layer_weights == "fisher"
 
     @property
     def needs_calibration(self) -> bool:
@@ -106,12 +107,13 @@ class BudgetConfig(ARCConfig):
     def variants(self) -> list[ARCConfig]:
         """Resolved configs of one layer that differ by channel order and activation scales."""
         orders = ("none", "amax") if self.channel_order is None else (self.channel_order,)
-        halves = (False, True) if self.four_over_six is None else (self.four_over_six,)
+        given = self.activation_block_scale
+        methods = ("amax", "mse") if given is None else (given,)
         base = self._of_layer()
         return [
-            dataclasses.replace(base, channel_order=order, four_over_six=wide)
+            dataclasses.replace(base, channel_order=order, activation_block_scale=method)
             for order in orders
-            for wide in halves
+            for method in methods
         ]
 
     def _of_layer(self) -> ARCConfig:

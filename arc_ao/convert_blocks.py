@@ -13,8 +13,10 @@ from arc_ao.calibration.sequential import quantize_sequentially
 from arc_ao.calibration.session import CalibrationSession, Member, detach
 from arc_ao.calibration.work_dir import WorkDir
 from arc_ao.memory import release_memory
+from arc_ao.methods.few_tokens import RoundingNote, warn_of_few_tokens
 from arc_ao.methods.hessian import quantize_group
 from arc_ao.methods.weights import LayerPlan
+from arc_ao.progress import SILENT, Progress
 from arc_ao.tensor import ARCTensor
 
 
@@ -25,8 +27,8 @@ def convert_blocks(
     swap_weight: Callable[[nn.Linear, ARCTensor], None],
     *,
     work: WorkDir | None = None,
-    progress: bool = True,
-) -> None:
+    progress: Progress = SILENT,
+) -> dict[str, RoundingNote]:
     """Convert every linear inside the model's blocks; linears outside keep their plans.
 
     An interrupt leaves the linears it did not reach unquantized and without observers.
@@ -35,6 +37,9 @@ def convert_blocks(
         sessions: calibrated and planned.
         swap_weight: puts a quantized weight in its place.
         work: finished blocks to take over, and where to keep new ones.
+
+    Returns:
+        How each of them was rounded, by name. A warning says where the tokens were few for GPTQ.
     """
     owners = {m.module: session for session in sessions for m in session.members}
     groups = [group for session in sessions for group in session.groups()]
@@ -42,12 +47,14 @@ def convert_blocks(
     def plan_of(member: Member) -> LayerPlan:
         return owners[member.module].plans[member.name]
 
-    def convert(group: list[Member], gram: Gram | None) -> None:
-        weights = [member.module.weight.detach() for member in group]
+    def convert(group: list[Member], gram: Gram | None) -> dict[str, RoundingNote]:
+        weights, notes = [member.module.weight.detach() for member in group], {}
         plans, names = [plan_of(m) for m in group], [m.name for m in group]
-        tensors = quantize_group(weights, plans, names, gram.take if gram else lambda: None)
-        for member, tensor in zip(group, tensors, strict=True):
-            finish(member, tensor)
+        rounded = quantize_group(weights, plans, names, gram)
+        for member, result in zip(group, rounded, strict=True):
+            finish(member, result.tensor)
+            notes[member.name] = result.note
+        return notes
 
     def finish(member: Member, tensor: ARCTensor) -> None:
         del owners[member.module].plans[member.name]
@@ -56,10 +63,12 @@ def convert_blocks(
         release_memory()
 
     try:
-        quantize_sequentially(
+        notes = quantize_sequentially(
             model, batches, groups, plan_of, convert, finish, work=work, progress=progress
         )
     except BaseException:
         for module in owners:
             detach(module)
         raise
+    warn_of_few_tokens({name: n for name, n in notes.items() if n.damping is not None})
+    return notes

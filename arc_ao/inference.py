@@ -9,20 +9,19 @@ from torch import Tensor, nn
 
 
 def run_model(model: nn.Module, batch: dict[str, Any] | Tensor) -> Any:
-    """`call_model` without gradients."""
-    with torch.no_grad():
+    """model(batch) without gradients or key-value cache, the batch moved to the model's device."""
+    with torch.no_grad(), without_cache(model):
         return call_model(model, batch)
 
 
 def call_model(model: nn.Module, batch: dict[str, Any] | Tensor) -> Any:
-    """model(batch) without key-value cache, the batch moved to the model's device."""
+    """model(batch), the batch moved to the model's device."""
     parameter = next(model.parameters(), None)
     device = parameter.device if parameter is not None else torch.device("cpu")
-    with without_cache(model):
-        if isinstance(batch, Tensor):
-            return model(batch.to(device))
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        return model(**moved)
+    if isinstance(batch, Tensor):
+        return model(batch.to(device))
+    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    return model(**moved)
 
 
 @contextmanager

@@ -6,13 +6,14 @@ import warnings
 from torch import Tensor, nn
 
 from arc_ao.calibration.data import Batch
+from arc_ao.calibration.fisher import FISHER_TOKENS, measure_fisher
 from arc_ao.calibration.session import CalibrationSession
 from arc_ao.config import ARCConfig
 from arc_ao.methods.hessian import shared_roundings
 from arc_ao.methods.mix import COMPARED_TOKENS, Mix, search_mix
 from arc_ao.methods.plan import analyse_session, make_plans
 from arc_ao.methods.recipe import Trial, search_batches, search_recipe
-from arc_ao.methods.sensitivity import measure_layer_weights
+from arc_ao.progress import SILENT, Progress
 
 
 def measure_session(
@@ -20,7 +21,7 @@ def measure_session(
     session: CalibrationSession,
     batches: list[Batch | Tensor] | None,
     *,
-    progress: bool = True,
+    progress: Progress = SILENT,
 ) -> list[Trial | Mix]:
     """Weigh the layers of a calibrated session and search its recipe or its mix of choices.
 
@@ -30,9 +31,9 @@ def measure_session(
     config = session.config
     if batches is None:
         return []
-    some = search_batches(batches)
     if config.weighs_layers:
-        session.layer_weights = measure_layer_weights(model, session, some, progress=progress)
+        some = search_batches(batches, FISHER_TOKENS)
+        session.fisher = measure_fisher(model, session, some, progress=progress)
     if config.mixes:
         session.mix = search_mix(
             model, session, search_batches(batches, COMPARED_TOKENS), progress=progress
@@ -43,7 +44,9 @@ def measure_session(
     return []
 
 
-def plan_session(session: CalibrationSession, config: ARCConfig, *, progress: bool = False) -> None:
+def plan_session(
+    session: CalibrationSession, config: ARCConfig, *, progress: Progress = SILENT
+) -> None:
     """Plan every linear of a session before the first one is touched.
 
     Linears that a mix leaves as they are leave the session.
@@ -54,7 +57,7 @@ def plan_session(session: CalibrationSession, config: ARCConfig, *, progress: bo
         session.mix = None  # and the input rows in it
     else:
         analyses = analyse_session(session, config, progress=progress)
-        session.plans = make_plans(analyses, config, session.layer_weights)
+        session.plans = make_plans(analyses, config)
     if config.needs_hessian:  # which chooses other scales; these take 1/32 of the model's memory
         plans = session.plans.items()
         session.plans = {name: dataclasses.replace(plan, scale=None) for name, plan in plans}
@@ -78,11 +81,16 @@ def plan_unsearched(session: CalibrationSession, config: ARCConfig) -> None:
 
 
 def refuse_one_call(config: ARCConfig) -> None:
-    """The steps cannot compare mixes on the model's output.
+    """The steps cannot compare mixes on the model's output, nor train codes against it.
 
     Raises:
-        ValueError: a config whose mix of choices is measured.
+        ValueError: a config whose mix of choices is measured, or one that trains.
     """
+    if config.tunes:
+        raise ValueError(
+            "expected a recipe that needs no training in a prepare/convert flow, found 'tuned'; "
+            "take recipe='best', or call arc_ao.quantize_(model, config, calibration_data=...)"
+        )
     if config.mixes:
         raise ValueError(
             f"expected a config that is the same for all layers in a prepare/convert flow, found "

@@ -11,7 +11,7 @@ step="prepare_for_loading"   an empty ARCTensor of the shape that a checkpoint h
 
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import quantize_ as torchao_quantize_
 from torchao.quantization import register_quantize_module_handler
-from tqdm import tqdm
 
-from arc_ao.calibration.data import Batch, calibrate, num_tokens, to_batches
+from arc_ao.calibration.data import Batch, num_tokens, observe, to_batches
 from arc_ao.calibration.session import CalibrationSession, Member, detach, observer_on
 from arc_ao.calibration.work_dir import WorkDir, fingerprint
 from arc_ao.config import ARCConfig
 from arc_ao.config_family import CONFIGS
 from arc_ao.convert_blocks import convert_blocks
+from arc_ao.expected_cost import expected_costs
 from arc_ao.formats.nvfp4 import BLOCK_SIZE
 from arc_ao.integrations.huggingface import attach_quantizer
 from arc_ao.loading import empty_tensor
@@ -37,6 +37,7 @@ from arc_ao.methods.recipe import Trial
 from arc_ao.methods.tuning.session import tuning_session
 from arc_ao.methods.weights import quantize_weight
 from arc_ao.planning import measure_session, plan_session, plan_unsearched, refuse_one_call
+from arc_ao.progress import Progress
 from arc_ao.summary import QuantizationSummary, model_bytes, summarize
 from arc_ao.targets import FilterFn, check_linear, collect_targets, is_ragged
 from arc_ao.tensor import ARCTensor
@@ -99,22 +100,31 @@ def quantize_(
     work = None
     if work_dir is not None:
         work = WorkDir(work_dir, fingerprint(model, targets.configs, batches or []))
-    with _unchanged_on_error(model):
-        resolved = _calibrate_and_resolve(model, arc_groups, batches, work, progress)
+    stages = _stages([c for c, _ in arc_groups], batches or [], progress)
+    with closing(stages), _unchanged_on_error(model):
+        resolved = _calibrate_and_resolve(model, arc_groups, batches, work, stages)
         if tuning is not None:
-            tuning.record(model, set(targets.modules.values()), progress=progress)
+            tuning.record(model, set(targets.modules.values()), stages)
         for layer_config, modules in groups:
             if id(layer_config) not in resolved:
                 _apply(model, layer_config, modules)  # another library's config
     sessions = [session for *_, session in resolved.values()]
+    notes = {}
     if any(final.needs_hessian for final, *_ in resolved.values()):
-        convert_blocks(model, sessions, batches, _swap_weight, work=work, progress=progress)
-    _convert_groups([(resolved[id(c)][0], modules) for c, modules in arc_groups], progress)
+        notes = convert_blocks(model, sessions, batches, _swap_weight, work=work, progress=stages)
+    _convert_groups([(resolved[id(c)][0], modules) for c, modules in arc_groups], stages)
     tuned = None if tuning is None else tuning.run(model, work, progress)
     attach_quantizer(model)
     choices = {name: found for session in sessions for name, found in session.choices.items()}
     tried = [(final, trials) for final, trials, _ in resolved.values()]
-    return summarize(model, tried, targets.skipped, before, choices, tuned)
+    seconds = stages.seconds | ({"tune": tuned.seconds} if tuned else {})
+    return summarize(model, tried, targets.skipped, before, choices, notes, seconds, tuned)
+
+
+def _stages(configs: list[ARCConfig], batches: list[Batch | Tensor], show: bool) -> Progress:
+    """The bar of one call."""
+    tokens = sum(num_tokens(batch) for batch in batches)
+    return Progress(expected_costs(configs, tokens, len(batches)), show=show)
 
 
 def _calibrate_and_resolve(
@@ -122,7 +132,7 @@ def _calibrate_and_resolve(
     groups: list[tuple[ARCConfig, dict[str, nn.Linear]]],
     batches: list[Batch | Tensor] | None,
     work: WorkDir | None,
-    progress: bool,
+    progress: Progress,
 ) -> dict[int, tuple[ARCConfig, list[Trial], CalibrationSession]]:
     """Prepare, calibrate, measure; id of each config -> its convert config, trials and session."""
     for config, modules in groups:
@@ -136,7 +146,7 @@ def _calibrate_and_resolve(
     if batches is not None and measured is None:
         for session in sessions:
             session.spread_samples(sum(num_tokens(batch) for batch in batches))
-        calibrate(model, batches, progress=progress)
+        observe(model, batches, progress)
     for session in sessions:
         session.observing = False  # a search for one config must not feed the others
     if measured is None:
@@ -166,7 +176,10 @@ def _run_step(
                 refuse_one_call(config)
                 config.__dict__.pop("_session", None)  # every "prepare" starts its own session
             _apply(model, config, modules)
-    _convert_groups(converts, progress)
+    if converts:
+        stages = Progress({"convert": 1.0}, show=progress)
+        _convert_groups(converts, stages)
+        stages.close()
     if converts:
         attach_quantizer(model)
 
@@ -183,17 +196,18 @@ def _plan_prepared(config: ARCConfig, modules: dict[str, nn.Linear]) -> None:
         plan_unsearched(session, config)
 
 
-def _convert_groups(groups: list[tuple[ARCConfig, dict[str, nn.Linear]]], progress: bool) -> None:
+def _convert_groups(
+    groups: list[tuple[ARCConfig, dict[str, nn.Linear]]], progress: Progress
+) -> None:
     """Convert planned linears one by one, each original freed before the next is touched.
 
     Nothing is kept to go back to, since that would cost the memory of the whole model; an interrupt
     leaves the linears it did not reach unquantized and without observers.
     """
     try:
-        for config, modules in groups:
-            bar = tqdm(modules.items(), desc="convert", disable=not progress, leave=False)
-            for name, module in bar:
-                _apply(module, config, {name: module})
+        work = [(config, *item) for config, modules in groups for item in modules.items()]
+        for config, name, module in progress.steps("convert", work):
+            _apply(module, config, {name: module})
     finally:
         for _, modules in groups:
             for module in modules.values():

@@ -8,11 +8,13 @@ from torchao.core.config import config_to_dict
 
 from arc_ao.config import ARCConfig
 from arc_ao.cost import PLAIN_BITS, extra_cost
+from arc_ao.methods.few_tokens import RoundingNote
 from arc_ao.methods.recipe import Trial
 from arc_ao.methods.tuning.record import TuningRecord
 from arc_ao.tensor import ARCTensor
 
 SUMMARY = "_arc_summary"  # attribute of a quantized model
+SOURCE = "_arc_source"  # attribute of a model whose weights were quantized before: what they were
 EXCLUDED = "left unquantized by the budget search"
 
 
@@ -23,7 +25,8 @@ class QuantizationSummary:
     Attributes:
         configs: the configs that were applied, every field resolved.
         trials: candidates measured per config, the winner first.
-        layers: fully qualified name -> residual channels of each kind and bits per weight.
+        layers: fully qualified name -> residual channels of each kind, bits per weight, and how it
+            was rounded (with GPTQ also damping and tokens; see methods/few_tokens.py).
         skipped: linears left alone and why.
         bytes_before, bytes_after: parameters and buffers of the whole model.
         extra_channels: augmented columns over in_features, weighted by out_features.
@@ -34,6 +37,8 @@ class QuantizationSummary:
             bits per weight, and the measured error of the linears behind its input.
         extra_bits: per weight over plain NVFP4's 4.5, linears that the budget left as they are
             included, as in extra_channels and extra_multiply_adds.
+        seconds: that every stage took, by the clock.
+        source: what had quantized the weights before, and to what; "" if nothing is known to.
         tuning: under recipe "tuned", what training did (methods/tuning/record.py).
     """
 
@@ -48,6 +53,8 @@ class QuantizationSummary:
     extra_multiply_adds: float = 0.0
     choices: dict[str, dict[str, Any]] = field(default_factory=dict)
     extra_bits: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
+    source: str = ""
     tuning: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -77,6 +84,7 @@ class QuantizationSummary:
             f"{self.extra_multiply_adds:.1%} extra multiply-adds, "
             f"{self.bits_per_weight:.2f} bits per weight; "
             f"{self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB{tuned}"
+            + (f"; {self.source}" if self.source else "")
         )
 
 
@@ -86,10 +94,12 @@ def summarize(
     skipped: dict[str, str],
     bytes_before: int,
     choices: dict[str, dict[str, Any]] | None = None,
+    notes: dict[str, RoundingNote] | None = None,
+    seconds: dict[str, float] | None = None,
     tuned: TuningRecord | None = None,
 ) -> QuantizationSummary:
     """Summary of a quantized model, also kept on it for `save_pretrained`."""
-    tensors, choices = arc_tensors(model), choices or {}
+    tensors, choices, notes = arc_tensors(model), choices or {}, notes or {}
     weights = sum(t.shape[0] * t.in_features for t in tensors.values())
     left = [model.get_submodule(name).weight for name in choices if name not in tensors]
     skipped = skipped | dict.fromkeys(choices.keys() - tensors.keys(), EXCLUDED)
@@ -98,7 +108,7 @@ def summarize(
     summary = QuantizationSummary(
         configs=[config_to_dict(config.with_step(None)) for config, _ in resolved],
         trials=[[trial.to_dict() for trial in trials] for _, trials in resolved],
-        layers={name: _layer(tensor) for name, tensor in tensors.items()},
+        layers={name: _layer(tensor, notes.get(name)) for name, tensor in tensors.items()},
         skipped=skipped,
         bytes_before=bytes_before,
         bytes_after=model_bytes(model),
@@ -108,6 +118,8 @@ def summarize(
         choices=choices,
         extra_bits=8 * (stored + sum(weight.nbytes for weight in left)) / max(1, total)
         - PLAIN_BITS,
+        seconds=seconds or {},
+        source=getattr(model, SOURCE, ""),
         tuning=None if tuned is None else asdict(tuned),
     )
     setattr(model, SUMMARY, summary.to_dict())
@@ -129,8 +141,11 @@ def model_bytes(model: nn.Module) -> int:
     return sum(t.nbytes_stored if isinstance(t, ARCTensor) else t.nbytes for t in tensors.values())
 
 
-def _layer(tensor: ARCTensor) -> dict[str, Any]:
-    return {
+def _layer(tensor: ARCTensor, note: RoundingNote | None) -> dict[str, Any]:
+    rounding = {"rounding": "nearest"}
+    if note is not None and note.damping is not None:
+        rounding = {key: getattr(note, key) for key in ("rounding", "damping", "tokens")}
+    return rounding | {
         "shape": list(tensor.shape),
         "act_channels": tensor.num_act_channels,
         "weight_channels": tensor.num_weight_channels,

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchao.utils import TorchAOBaseTensor
 
+from arc_ao.config import block_scale_of
 from arc_ao.formats import nvfp4
 from arc_ao.methods.rotation import rotate
 from arc_ao.ops import (
@@ -67,7 +68,7 @@ class ARCTensor(TorchAOBaseTensor):
         in_features: K; base_blocks: ceil(K / 16).
         orig_dtype: dtype of the unquantized weight.
         activation_scale: "token", "tensor", "static", or "none": activations stay as they are.
-        four_over_six: whether activations choose between amax/6 and amax/4.
+        activation_block_scale: how activations choose block scales: "amax", "four_over_six", "mse".
         weight_layout: of qdata and scale: "plain", as in checkpoints, "panels", as CPU kernels read
             them, or "swizzled", as Blackwell does (ops/layout.py). Slicing rows gives "plain";
             pickling keeps the layout.
@@ -80,7 +81,7 @@ class ARCTensor(TorchAOBaseTensor):
         "in_features",
         "orig_dtype",
         "activation_scale",
-        "four_over_six",
+        "activation_block_scale",
         "weight_layout",
         "input_plan",
     ]
@@ -105,7 +106,7 @@ class ARCTensor(TorchAOBaseTensor):
         in_features: int,
         orig_dtype: torch.dtype,
         activation_scale: str = "token",
-        four_over_six: bool = False,
+        activation_block_scale: str = "amax",
         weight_layout: str = "plain",
         input_plan: str = "",
         channel_order: Tensor | None = None,
@@ -115,7 +116,10 @@ class ARCTensor(TorchAOBaseTensor):
         rotation: Tensor | None = None,
         down: Tensor | None = None,
         up: Tensor | None = None,
+        four_over_six: bool | None = None,
     ) -> "ARCTensor":
+        if four_over_six is not None:  # a checkpoint from before activation_block_scale
+            activation_block_scale = block_scale_of(four_over_six)
         self = torch.Tensor._make_wrapper_subclass(
             cls,
             (qdata.shape[0], in_features),
@@ -131,7 +135,7 @@ class ARCTensor(TorchAOBaseTensor):
         self.in_features = in_features
         self.orig_dtype = orig_dtype
         self.activation_scale = activation_scale
-        self.four_over_six = four_over_six
+        self.activation_block_scale = activation_block_scale
         self.weight_layout = weight_layout
         self.input_plan = input_plan
         self.channel_order = channel_order
@@ -207,7 +211,7 @@ class ARCTensor(TorchAOBaseTensor):
         """The same weight with the digest of its ids, scale and settings as `input_plan`."""
         names, attributes = self.__tensor_flatten__()
         tensors = {name: getattr(self, name) for name in names}
-        settings = (self.in_features, self.activation_scale, self.four_over_six)
+        settings = (self.in_features, self.activation_scale, self.activation_block_scale)
         digest = hashlib.sha256(repr(settings).encode())
         for name in INPUT_TENSORS:
             if name in tensors:
@@ -298,6 +302,19 @@ class ARCTensor(TorchAOBaseTensor):
         return repr((inner, sorted((k, str(v)) for k, v in attributes.items())))
 
 
+_set_base_state = ARCTensor.__setstate__
+
+
+def _set_state(self: ARCTensor, state: dict[str, Any]) -> None:
+    """Unpickle; of a file from before `activation_block_scale`, too."""
+    if "four_over_six" in state:
+        state = dict(state)
+        state["activation_block_scale"] = block_scale_of(state.pop("four_over_six"))
+    _set_base_state(self, state)
+
+
+ARCTensor.__setstate__ = _set_state  # torchao sets its own when the class body is through
+
 implements = ARCTensor.implements
 implements_torch_function = ARCTensor.implements_torch_function
 
@@ -345,7 +362,7 @@ def arc_linear(x: Tensor, weight: ARCTensor, bias: Tensor | None = None) -> Tens
         weight.activation_scale,
         channel_order=weight.channel_order,
         act_channels=weight.act_channels,
-        four_over_six=weight.four_over_six,
+        block_scale=weight.activation_block_scale,
         plan=weight.input_plan,
         scale_layout=scale_layout_for(weight.weight_layout),
     )

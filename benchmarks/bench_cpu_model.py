@@ -3,6 +3,7 @@
     python benchmarks/bench_cpu_model.py --threads 2     # 16 layers, 2048/8192, 32/8 heads
     python benchmarks/bench_cpu_model.py --check         # exit code 1 if an acceptance line fails
     python benchmarks/bench_cpu_model.py --profile       # where the time of decoding goes
+    python benchmarks/bench_cpu_model.py --block-scales  # of activations: the search's cost alone
 
 Weights are random. Each variant lives in a process of its own, which builds its model and compiles
 it once with a static cache; then the processes take turns, one round each:
@@ -10,8 +11,9 @@ it once with a static cache; then the processes take turns, one round each:
     prefill   one prompt of --prompt tokens
     decode    --tokens tokens, one at a time, behind that prompt
 
-Reported is the median over rounds. Memory is resident memory of Linux and leaves out the libraries
-and what torch.compile keeps:
+Reported is the median over rounds. --block-scales instead compares our backend with four-over-six
+and with searched block scales of activations, by the CPU time of a prompt, round by round. Memory
+is resident memory of Linux and leaves out the libraries and what torch.compile keeps:
 
     weights   with the model and its cache there - before either was built
     running   peak while a prompt and its tokens run - right before
@@ -23,6 +25,7 @@ The last line of stdout is one JSON document.
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -41,6 +44,8 @@ from arc_ao.passes import arc
 from arc_ao.summary import model_bytes
 
 BF16, OURS, FUSED = VARIANTS = "bf16", "arc_ao", 'arc_ao, "arc"'  # plain compile but the last
+# The same, by how activations choose block scales.
+WIDE, SEARCHED = SCALE_VARIANTS = 'arc_ao, "arc", four_over_six', 'arc_ao, "arc", mse'
 PROFILE_ROWS = 15
 TINY = {"layers": 1, "hidden": 256, "intermediate": 512, "heads": 4, "kv_heads": 2}
 
@@ -59,7 +64,13 @@ def build_model(args: argparse.Namespace) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     if args.variant != BF16:
         batch = torch.randint(args.vocabulary, (1, 32))
-        recipe = ARCConfig(budget=args.budget, recipe="balanced", weight_scale="amax")
+        scales = {WIDE: "four_over_six", SEARCHED: "mse"}.get(args.variant)
+        recipe = ARCConfig(
+            budget=args.budget,
+            recipe="balanced",
+            weight_scale="amax",
+            activation_block_scale=scales,
+        )
         quantize_(model, recipe, calibration_data=[batch], progress=sys.stderr.isatty())
     return model.requires_grad_(False)
 
@@ -94,12 +105,13 @@ class Decoder:
 @torch.no_grad()
 def one_round(decoder: Decoder, prompt: Tensor, tokens: int) -> dict[str, float]:
     """Seconds of a prompt, and of a token behind it."""
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     token = decoder.prefill(prompt)
-    prefilled = time.perf_counter()
+    prefilled, cpu_seconds = time.perf_counter(), time.process_time() - cpu_start
     decoder.decode(token, tokens)
     return {
         "prefill": prefilled - start,
+        "prefill_cpu": cpu_seconds,
         "decode": (time.perf_counter() - prefilled) / tokens,
     }
 
@@ -111,7 +123,7 @@ def serve(args: argparse.Namespace) -> None:
     before = settle()
     progress(f"{args.variant}: building")
     model = build_model(args)
-    backend = arc if args.variant == FUSED else "inductor"
+    backend = "inductor" if args.variant in (BF16, OURS) else arc
     decoder = Decoder(model, args.prompt + 2 * args.tokens, backend)
     weights = settle() - before
     prompt = torch.randint(args.vocabulary, (1, args.prompt))
@@ -180,6 +192,7 @@ class Variant:
         decode = summarize([r["decode"] for r in self.rounds])
         return {
             "prefill_tokens_per_second": prompt / prefill.seconds,
+            "prefill_cpu_seconds": [r["prefill_cpu"] for r in self.rounds],
             "prefill_spread": prefill.spread,
             "decode_tokens_per_second": 1 / decode.seconds,
             "decode_spread": decode.spread,
@@ -203,7 +216,7 @@ def measure(args: argparse.Namespace, argv: list[str]) -> dict[str, dict[str, fl
     """Variants are built one after the other, then timed in turns."""
     variants: dict[str, Variant] = {}
     try:
-        for name in VARIANTS:
+        for name in SCALE_VARIANTS if args.block_scales else VARIANTS:
             variants[name] = Variant(command(name, argv))
         take_turns(variants, args.rounds)
     finally:
@@ -228,6 +241,13 @@ def acceptance(variants: dict[str, dict[str, float]]) -> list[Line]:
         Line('decode, backend "arc" over plain', ratio(decode, FUSED, OURS), at_least=1.1),
         Line('prefill, backend "arc" over plain', ratio(prefill, FUSED, OURS), at_least=1.1),
     ]
+
+
+def scale_acceptance(variants: dict[str, dict[str, float]]) -> list[Line]:
+    """What the search costs a prompt: the median over rounds, each of which ran both."""
+    rounds = (variants[name]["prefill_cpu_seconds"] for name in (SEARCHED, WIDE))
+    ratio = statistics.median(mine / other for mine, other in zip(*rounds, strict=True))
+    return [Line("prefill, CPU time with searched scales over four-over-six", ratio, at_most=1.06)]
 
 
 def print_table(variants: dict[str, dict[str, float]], title: str) -> None:
@@ -269,7 +289,8 @@ def parser(description: str) -> argparse.ArgumentParser:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--profile", action="store_true", help="of decoding, on stderr")
-    options.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
+    options.add_argument("--block-scales", action="store_true", help="of activations, compared")
+    options.add_argument("--variant", choices=(*VARIANTS, *SCALE_VARIANTS), help=argparse.SUPPRESS)
     return options.parse_args(argv)
 
 
@@ -284,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
     variants = measure(args, sys.argv[1:] if argv is None else argv)
     title = f"Llama, {args.layers} layers of {args.hidden}/{args.intermediate}"
     print_table(variants, f"{title}, {args.threads} threads")
-    lines = acceptance(variants)
+    lines = scale_acceptance(variants) if args.block_scales else acceptance(variants)
     document = {"benchmark": "bench_cpu_model", **header, "variants": variants}
     return conclude(document, lines, args.check)
 

@@ -112,7 +112,8 @@ def operator(name: str, backend: str) -> Callable:
 
 
 def augmentations(channels: int, device: torch.device) -> Iterator[tuple]:
-    """Arguments behind x: every scale mode, every kind of extra column, four-over-six."""
+    """Arguments behind x: every scale mode, every kind of extra column, every choice of
+    block scales."""
     blocks = -(-channels // nvfp4.BLOCK_SIZE)
     generator = torch.Generator().manual_seed(1)
     order = torch.randperm(channels, generator=generator).int().to(device)
@@ -121,9 +122,11 @@ def augmentations(channels: int, device: torch.device) -> Iterator[tuple]:
     none = some[:0]
     yield none, none, None, "token"
     yield some, some.flip(0), None, "token", None, gathered
-    yield some, some, None, "token", order, gathered, True
+    yield some, some, None, "token", order, gathered, "four_over_six"
+    yield some, some, None, "token", order, gathered, "mse"
     yield some, none, None, "tensor"
     yield none, some, torch.tensor([0.01], device=device), "static"
+    yield none, some, torch.tensor([0.01], device=device), "static", None, None, "mse"
 
 
 def codes(backend: str, device: torch.device, dtype: torch.dtype, channels: int) -> None:

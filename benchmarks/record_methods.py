@@ -72,7 +72,9 @@ def other_rows() -> dict[str, Row]:
     return {
         "plain, static": NVFP4Config(activation_scale="static"),
         "RTN, mse scales": ARCConfig(**plain_mse),
-        "four over six": NVFP4Config(weight_scale="four_over_six", four_over_six=True),
+        "four over six": NVFP4Config(
+            weight_scale="four_over_six", activation_block_scale="four_over_six"
+        ),
         "local Hessian": NVFP4Config(weight_scale="local_hessian"),
         "GPTQ": ARCConfig(**plain_mse, **gptq),
         "GPTQ, amax scales": NVFP4Config(**gptq),

@@ -19,7 +19,7 @@ struct AugmentationArguments {
         scale_mode(from.string()),
         channel_order(from.optional_tensor()),
         act_channels(from.optional_tensor()),
-        four_over_six(from.scalar<bool>()) {
+        block_scale(from.string()) {
     from.string();  // plan: for graph passes alone
     scale_layout = from.string();
   }
@@ -32,8 +32,13 @@ struct AugmentationArguments {
     how.weight_blocks = ids_of(weight_blocks, op, "weight_blocks", blocks);
     how.channel_order = ids_of(channel_order, op, "channel_order", channels);
     how.act_channels = ids_of(act_channels, op, "act_channels", blocks * kBlock);
-    how.four_over_six = four_over_six;
     const std::string prefix = std::string(op) + ": ";
+    ARC_CHECK(block_scale == "amax" || block_scale == "four_over_six" || block_scale == "mse",
+          prefix + "block_scale must be one of ('amax', 'four_over_six', 'mse'), got '" +
+              block_scale + "'");
+    how.block_scale = block_scale == "amax"            ? BlockScale::kAmax
+                      : block_scale == "four_over_six" ? BlockScale::kFourOverSix
+                                                       : BlockScale::kMse;
     ARC_CHECK(scale_mode == "token" || scale_mode == "tensor" || scale_mode == "static",
           prefix + "scale_mode must be one of ('token', 'tensor', 'static'), got '" + scale_mode +
               "'");
@@ -63,8 +68,7 @@ struct AugmentationArguments {
   TensorRef act_blocks, weight_blocks, outer_scale;
   std::string scale_mode;
   TensorRef channel_order, act_channels;
-  bool four_over_six;
-  std::string scale_layout;
+  std::string block_scale, scale_layout;
 };
 
 struct Matrix {

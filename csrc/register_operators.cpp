@@ -10,8 +10,8 @@ namespace {
 // The arguments that quant_augment and the fused producers have in common, in schema order.
 #define ARC_AUGMENTATION_SCHEMA                                                              \
   "Tensor act_blocks, Tensor weight_blocks, Tensor? outer_scale, str scale_mode, "           \
-  "Tensor? channel_order=None, Tensor? act_channels=None, bool four_over_six=False, "        \
-  "str plan=\"\", str scale_layout=\"plain\""
+  "Tensor? channel_order=None, Tensor? act_channels=None, "                                    \
+  "str block_scale=\"amax\", str plan=\"\", str scale_layout=\"plain\""
 
 const char* const kSchemas[] = {
     "quant_augment(Tensor x, " ARC_AUGMENTATION_SCHEMA ") -> (Tensor, Tensor, Tensor)",

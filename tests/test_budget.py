@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from test_fisher import Branches
 from test_quantize import assert_same_tensors, same_logits
 from test_refusals import refused
-from test_sensitivity import Branches
 from tiny_models import VOCAB_SIZE, Logits, tiny_llama
 from torch import nn
 from torchao.quantization import FqnToConfig

@@ -7,7 +7,12 @@ import torch
 from tiny_models import byte_tokenizer, tiny_llama
 from torch import nn
 
-from arc_ao.calibration.data import calibrate, num_tokens, to_batches
+from arc_ao.calibration.data import (
+    calibrate,
+    num_tokens,
+    to_batches,
+    tokens_for_width,
+)
 from arc_ao.inference import evaluation_mode, run_model
 
 
@@ -129,3 +134,12 @@ def test_every_module_returns_to_its_own_mode(fails):
 def test_progress_bar_can_be_turned_off(progress, capfd):
     calibrate(nn.Linear(4, 4), [torch.zeros(2, 4)], progress=progress)
     assert ("calibrate" in capfd.readouterr().err) is progress
+
+
+@pytest.mark.parametrize(
+    "in_features, window, tokens",
+    [(576, 512, 16_384), (1639, 512, 16_896), (4864, 512, 48_640), (4865, 512, 49_152)]
+    + [(2000, 96, 20_064)],
+)
+def test_tokens_follow_the_widest_linear_in_whole_windows(in_features, window, tokens):
+    assert tokens_for_width(in_features, window) == tokens

@@ -65,6 +65,25 @@ def test_quantize_chooses_by_layer(model_dir, text_file, tmp_path, capsys):
     assert "recipe='balanced' or 'best'" in capsys.readouterr().err
 
 
+def test_quantize_calibrates_on_the_mixed_text_by_the_models_width(model_dir, tmp_path, capsys):
+    """Without --calib and --calib-tokens: the shipped text, 16,384 tokens for a narrow model."""
+    output, unmeasured = tmp_path / "quantized", ["--recipe", "plain", "--budget", "0"]
+    assert main(["quantize", str(model_dir), "-o", str(output), *unmeasured]) == 0
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line == (
+        "calibrating on 16,384 tokens of calibration_mixed.txt: 10 per input channel of the "
+        "widest linear, 128; at least 16,384"
+    )
+
+
+def test_quantize_says_how_much_a_short_text_gives(model_dir, text_file, tmp_path, capsys):
+    output, unmeasured = tmp_path / "quantized", ["--recipe", "plain", "--budget", "0"]
+    command = ["quantize", str(model_dir), "-o", str(output), *unmeasured]
+    assert main([*command, "--calib", str(text_file)]) == 0
+    line = capsys.readouterr().out.splitlines()[0]
+    assert "tokens of text.txt" in line and line.endswith("as far as the text goes")
+
+
 def test_quantize_resumes(model_dir, text_file, tmp_path, monkeypatch):
     """An interrupted `--rounding gptq --resume` goes on and saves what a whole run saves."""
     options = ["--recipe", "balanced", "--rounding", "gptq"]
@@ -90,6 +109,15 @@ def test_quantize_resumes(model_dir, text_file, tmp_path, monkeypatch):
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     assert _quantize(model_dir, text_file, tmp_path / "other", "--resume", resume[-1]) == 2
+
+
+def test_quantize_tunes(model_dir, text_file, tmp_path, capsys):
+    """--recipe tuned trains for as long as it is told, says what that gave, and saves it."""
+    output, options = tmp_path / "tuned", ("--recipe", "tuned", "--tuning-minutes", "0.02")
+    assert _quantize(model_dir, text_file, output, *options) == 0
+    assert "on 128 tokens kept aside" in capsys.readouterr().out
+    tuning = json.loads((output / "arc_ao.json").read_text())["tuning"]
+    assert tuning["steps"] > 0 and tuning["after"] <= tuning["before"]
 
 
 def test_eval_tasks(model_dir, tmp_path, capsys):

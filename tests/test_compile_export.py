@@ -75,10 +75,10 @@ def test_llama_has_no_graph_break(llama):
     "changes",
     [
         {"channel_order": "amax", "granularity": "channel"},
-        {"activation_scale": "static", "four_over_six": True},
+        {"activation_scale": "static", "activation_block_scale": "mse"},
         {"activation_scale": "tensor"},
     ],
-    ids=["sorted channels", "static four-over-six", "tensor"],
+    ids=["sorted channels", "static, searched", "tensor"],
 )
 def test_every_kind_of_layer_compiles_to_the_same_bits(changes):
     """The optional tensors of ARCTensor go through tracing, decode (M = 1) included."""

@@ -1,6 +1,7 @@
 """ARCConfig: what it refuses, what it fills in, when it must see data, how it serialises."""
 
 import copy
+import dataclasses
 import json
 import pickle
 from collections import OrderedDict
@@ -12,7 +13,7 @@ from torchao.quantization import FqnToConfig
 from torchao.quantization import quantize_ as torchao_quantize_
 from torchao.quantization.quantize_.common.quantization_step import QuantizationStep
 
-from arc_ao import ARCConfig
+from arc_ao import ARCConfig, BudgetConfig, NVFP4Config
 from arc_ao.config import RECIPES
 
 NAN = float("nan")
@@ -28,6 +29,7 @@ NAN = float("nan")
         ("weight_scale", "max", r"weight_scale must be one of \('amax', 'mse', .*'max'"),
         ("activation_scale", "row", r"activation_scale must be one of \('token', .*'row'"),
         ("step", "observe", r"step must be one of \('prepare', 'convert', .*'observe'"),
+        ("activation_block_scale", 6, r"activation_block_scale must be one of \('amax', .*got 6"),
         ("four_over_six", "yes", r"four_over_six must be one of \(True, False, .*'yes'"),
         ("pad_in_features", "no", r"pad_in_features must be one of \(True, False\), got 'no'"),
         ("budget", -0.01, r"budget is extra channels .*expected 0 to 2 \(0.06 is 6 %\), got -0.01"),
@@ -41,7 +43,7 @@ NAN = float("nan")
         ("num_act_channels", 24, r"num_act_channels must be a non-negative multiple of 16, got 24"),
         ("num_act_channels", 16.0, r"num_act_channels must be .*got 16.0"),
         ("rounding", "up", r"rounding must be one of \('nearest', 'gptq', .*'up'"),
-        ("layer_weights", "some", r"layer_weights must be one of \('equal', 'measured', .*'some'"),
+        ("layer_weights", "some", r"layer_weights must be one of \('equal', 'fisher', .*'some'"),
         ("damping", 0, r"damping is relative .*more than 0 and at most 10, got 0"),
         ("damping", NAN, r"damping is relative .*got nan"),
         ("num_weight_channels", -16, r"num_weight_channels must be .*got -16"),
@@ -65,14 +67,16 @@ def test_resolve_leaves_no_field_open_and_keeps_the_users(recipe):
     expected = RECIPES.get(recipe, RECIPES["balanced"])
     assert {name: getattr(resolved, name) for name in expected} == expected
     assert resolved.searched == []
-    mine = ARCConfig(recipe=recipe, granularity="channel", four_over_six=False)
-    measured = mine.resolve(granularity="block", channel_order="amax", four_over_six=True)
+    mine = ARCConfig(recipe=recipe, granularity="channel", activation_block_scale="amax")
+    found = {"granularity": "block", "channel_order": "amax", "activation_block_scale": "mse"}
+    measured = mine.resolve(**found)
     assert (measured.granularity, measured.channel_order) == ("channel", "amax")
-    assert measured.four_over_six is False
+    assert measured.activation_block_scale == "amax"
     assert mine.channel_order is None  # a copy
 
 
-ALL = ["channel_order", "granularity", "exchange_rate", "four_over_six"]
+SCALES = "activation_block_scale"
+ALL = ["channel_order", "granularity", "exchange_rate", SCALES]
 
 
 @pytest.mark.parametrize(
@@ -90,13 +94,13 @@ ALL = ["channel_order", "granularity", "exchange_rate", "four_over_six"]
         ({"recipe": "plain", "budget": 0.0, "channel_order": "amax"}, [], True),
         ({"budget": 0.0}, [], False),
         ({"budget": 0.0, "weight_scale": "amax"}, [], False),  # plain NVFP4, nothing to measure
-        ({"granularity": "block"}, ["channel_order", "exchange_rate", "four_over_six"], True),
+        ({"granularity": "block"}, ["channel_order", "exchange_rate", SCALES], True),
         # Numbers per layer and kind: there is nothing to exchange.
-        ({"num_act_channels": 16}, ["channel_order", "granularity", "four_over_six"], True),
-        ({"num_weight_channels": 16}, ["channel_order", "four_over_six"], True),
+        ({"num_act_channels": 16}, ["channel_order", "granularity", SCALES], True),
+        ({"num_weight_channels": 16}, ["channel_order", SCALES], True),
         ({"num_act_channels": 0, "recipe": "plain"}, [], False),
         # The threshold selects activation blocks only.
-        ({"selection": "threshold"}, ["channel_order", "four_over_six"], True),
+        ({"selection": "threshold"}, ["channel_order", SCALES], True),
     ],
 )
 def test_what_is_searched_and_what_needs_data(settings, searched, needs):
@@ -119,7 +123,10 @@ def test_nested_configs_round_trip_through_json():
     """FqnToConfig keeps each layer's ARCConfig, None included, and their order."""
     table = OrderedDict(
         [
-            ("re:.*mlp.*", ARCConfig(budget=0.1, exchange_rate="inf", four_over_six=True)),
+            (
+                "re:.*mlp.*",
+                ARCConfig(budget=0.1, exchange_rate="inf", activation_block_scale="mse"),
+            ),
             ("lm_head", None),
             ("_default", ARCConfig(budget=None, recipe="paper", step="prepare")),
         ]
@@ -127,6 +134,26 @@ def test_nested_configs_round_trip_through_json():
     data = json.loads(json.dumps(config_to_dict(FqnToConfig(table))))
     restored = config_from_dict(data)
     assert list(restored.fqn_to_config.items()) == list(table.items())
+
+
+@pytest.mark.parametrize("old, method", [(True, "four_over_six"), (False, "amax")])
+@pytest.mark.parametrize("kind", [ARCConfig, NVFP4Config, BudgetConfig])
+def test_the_old_spelling_of_block_scales_is_taken(kind, old, method):
+    """As an argument and in stored configs; what is written is the new field alone."""
+    config = kind(four_over_six=old)
+    assert config == kind(activation_block_scale=method)
+    assert dataclasses.replace(config, damping=0.05).activation_block_scale == method
+    stored = config_to_dict(config)
+    assert "four_over_six" not in stored["_data"]
+    del stored["_data"]["activation_block_scale"]
+    assert config_from_dict(stored | {"_data": stored["_data"] | {"four_over_six": old}}) == config
+
+
+def test_two_spellings_that_disagree_are_refused():
+    assert ARCConfig(four_over_six=False, activation_block_scale="amax").searched == ALL[:3]
+    message = "four_over_six=True is the old spelling of .*'four_over_six', got .*='mse', too"
+    with pytest.raises(ValueError, match=message):
+        ARCConfig(four_over_six=True, activation_block_scale="mse")
 
 
 @pytest.mark.parametrize("name", ["prepare", "convert", "prepare_for_loading"])

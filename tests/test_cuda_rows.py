@@ -126,9 +126,9 @@ def test_quantized_rows(on_host, name, dtype, layout):
 
 
 @pytest.mark.parametrize("channels", [1, 16, 40, 80])  # ragged; odd numbers of blocks
-@pytest.mark.parametrize("four_over_six", [False, True])
-def test_ragged_rows(on_host, channels, four_over_six):
-    how = {**arguments({"act_blocks": ids(0)}), "four_over_six": four_over_six}
+@pytest.mark.parametrize("block_scale", nvfp4.BLOCK_SCALES)
+def test_ragged_rows(on_host, channels, block_scale):
+    how = {**arguments({"act_blocks": ids(0)}), "block_scale": block_scale}
     x = activations(3, channels, torch.bfloat16).reshape(3, 1, channels)
     for layout in ("plain", "swizzled"):
         found = blackwell.quant_augment(x, **how, scale_layout=layout)
@@ -148,7 +148,7 @@ def test_fused_producers(on_host, name, dtype):
     """RMSNorm, with and without the addition, and the gated product."""
     tail = tuple(arguments(CONFIGS[name]).get(k) for k in ("act_blocks", "weight_blocks"))
     tail += (None, arguments(CONFIGS[name])["scale_mode"], CONFIGS[name].get("channel_order"))
-    tail += (CONFIGS[name].get("act_channels"), CONFIGS[name].get("four_over_six", False))
+    tail += (CONFIGS[name].get("act_channels"), CONFIGS[name].get("block_scale", "amax"))
     x, other = activations(5, 64, dtype), activations(10, 64, dtype)[::2]
     weight = activations(1, 64, dtype)[0]
     cases = [

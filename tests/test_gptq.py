@@ -38,7 +38,8 @@ def plan_for(weight: Tensor, x: Tensor, **settings) -> LayerPlan:
     """A plan whose blocks and orders are given; scales are found as in the real flow."""
     fields = {"act_blocks": ids(), "weight_blocks": ids(), "channel_order": None}
     fields |= {k: settings.pop(k) for k in list(settings) if k in LayerPlan.__annotations__}
-    config = ARCConfig(recipe="balanced", **({"rounding": "gptq"} | settings)).resolve()
+    fixed = {"rounding": "gptq", "damping": 0.02}
+    config = ARCConfig(recipe="balanced", **(fixed | settings)).resolve()
     square = in_order(x.square().mean(0), fields["channel_order"])
     amax = weight.abs().amax()
     scale = analyse_weight(weight, amax, config, fields["channel_order"], square).scale

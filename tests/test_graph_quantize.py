@@ -39,7 +39,7 @@ def converted(model: nn.Module, batches: list, config: ARCConfig = CONFIG, **res
     "changes",
     [
         {},
-        {"channel_order": "amax", "four_over_six": True},
+        {"channel_order": "amax", "activation_block_scale": "mse"},
         {"granularity": "channel", "exchange_rate": 0.3},
         {"activation_scale": "static"},
     ],

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_models import byte_tokenizer, tiny_llama
 from torchao.core.config import config_from_dict, config_to_dict
 from torchao.quantization import quantize_ as torchao_quantize_
@@ -88,6 +89,42 @@ def test_saved_twice_and_resaved_after_loading(quantized, tmp_path):
     second = load_file(tmp_path / "b" / "model.safetensors")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def spelled_as_before(described: dict, old: bool) -> None:
+    """A stored config's or tensor's fields as versions before activation_block_scale wrote them."""
+    del described["_data"]["activation_block_scale"]
+    described["_data"]["four_over_six"] = old
+
+
+@pytest.mark.parametrize("old, method", [(True, "four_over_six"), (False, "amax")])
+def test_checkpoints_from_before_activation_block_scale_load(quantized, tmp_path, old, method):
+    """config.json and the metadata of model.safetensors hold `four_over_six`; saving mends it."""
+    config = ARCConfig(budget=0.3, recipe="balanced", activation_block_scale=method)
+    model = quantized(config)
+    arc_ao.save_pretrained(model, tmp_path / "saved", byte_tokenizer())
+    file, weights = tmp_path / "saved" / "config.json", tmp_path / "saved" / "model.safetensors"
+    stored = json.loads(file.read_text())
+    layers = stored["quantization_config"]["quant_type"]["default"]["_data"]["fqn_to_config"]
+    for layer in layers.values():
+        spelled_as_before(layer, old)
+    file.write_text(json.dumps(stored))
+    with safe_open(weights, framework="pt") as opened:
+        metadata = opened.metadata()
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}
+    for name in json.loads(metadata["tensor_names"]):
+        described = json.loads(metadata[name])
+        if described["_type"] == "ARCTensor":
+            spelled_as_before(described, old)
+            metadata[name] = json.dumps(described)
+    save_file(tensors, weights, metadata=metadata)
+    loaded, _ = load_model(tmp_path / "saved")
+    weight = loaded.model.layers[0].mlp.up_proj.weight
+    assert weight.activation_block_scale == method
+    with torch.no_grad():
+        assert torch.equal(model(_ids()).logits, loaded(_ids()).logits)
+    loaded.save_pretrained(tmp_path / "again")
+    assert 'four_over_six":' not in (tmp_path / "again" / "config.json").read_text()
 
 
 def test_summary_lies_beside_the_weights(quantized, tmp_path):

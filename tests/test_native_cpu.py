@@ -49,7 +49,19 @@ AUGMENTATIONS = {  # of K = 200: blocks 0 to 12, the last one half padding
     "four_over_six": {
         "act_blocks": ids(5),
         "act_channels": torch.arange(16, dtype=torch.int32),
-        "four_over_six": True,
+        "block_scale": "four_over_six",
+    },
+    "searched": {
+        "act_blocks": ids(12, 5),
+        "act_channels": torch.arange(32, dtype=torch.int32),
+        "weight_blocks": ids(0),
+        "block_scale": "mse",
+    },
+    "searched, static": {  # some blocks beyond the largest scale, some below the smallest
+        "act_blocks": ids(3),
+        "block_scale": "mse",
+        "scale_mode": "static",
+        "outer_scale": torch.tensor([0.003]),
     },
     "tensor": {"act_blocks": ids(2), "scale_mode": "tensor"},
     "static": {"act_blocks": ids(2), "scale_mode": "static", "outer_scale": torch.tensor([0.003])},
@@ -61,7 +73,7 @@ def arguments(**changes) -> tuple:
     """Everything behind the input of `quant_augment`, by position."""
     given = {"act_blocks": EMPTY, "weight_blocks": EMPTY, "outer_scale": None}
     given |= {"scale_mode": "token", "channel_order": None, "act_channels": None}
-    return tuple((given | {"four_over_six": False} | changes).values())
+    return tuple((given | {"block_scale": "amax"} | changes).values())
 
 
 def assert_same_bits(native_outputs, eager_outputs) -> None:
@@ -110,16 +122,16 @@ def test_quant_augment_reads_any_strides(level):
     channels=st.integers(1, 80),
     exponent=st.integers(-130, 120),
     spread=st.integers(0, 20),
-    four_over_six=st.booleans(),
+    block_scale=st.sampled_from(nvfp4.BLOCK_SCALES),
     dtype=st.sampled_from(DTYPES),
 )
-def test_quant_augment_bits_of_anything(seed, channels, exponent, spread, four_over_six, dtype):
+def test_quant_augment_bits_of_anything(seed, channels, exponent, spread, block_scale, dtype):
     """Random magnitudes over random ranges, at every level."""
     random = generator(seed)
     powers = torch.randint(0, spread + 1, (4, channels), generator=random) + exponent
     x = torch.ldexp(torch.randn(4, channels, generator=random), powers).to(dtype)
     blocks = -(-channels // 16)
-    rest = arguments(act_blocks=ids(blocks - 1), four_over_six=four_over_six)
+    rest = arguments(act_blocks=ids(blocks - 1), block_scale=block_scale)
     meaning = quant_augment_eager(x, *rest)
     for name in LEVELS:
         with native.capped_at(name):

@@ -104,7 +104,7 @@ def test_non_finite_block_is_nan_and_alone(bad):
     assert (scale.tolist(), qdata[8:].tolist()) == ([0x7E, 0x7F], [0] * 8)
     back = nvfp4.dequantize(qdata, scale, outer)
     assert back[16:].isnan().all() and back[0] == FULL and not back[1:16].any()
-    wide = nvfp4.quantize_blocks(nvfp4.to_blocks(x), four_over_six=True)
+    wide = nvfp4.quantize_blocks(nvfp4.to_blocks(x), method="four_over_six")
     assert wide.scale[1].isnan() and not wide.codes[1].any()
     assert nvfp4.dequantize(*nvfp4.quantize(x)).isnan().all()  # amax itself is not finite
 
@@ -145,18 +145,73 @@ def test_four_over_six_literal_blocks():
     blocks = torch.zeros(3, 16)
     blocks[0, :2] = torch.tensor([6.0, 4.5])  # 4 * 1.5 and 3 * 1.5
     blocks[1, 0] = 6.0  # 6 * 1 and 4 * 1.5 tie; so do all scales of blocks[2]
-    codes, scale = nvfp4.quantize_blocks(blocks, four_over_six=True)
+    codes, scale = nvfp4.quantize_blocks(blocks, method="four_over_six")
     assert scale.tolist() == [1.5, 1.0, 2.0**-9]
     assert codes[:, :2].tolist() == [[6, 5], [7, 0], [0, 0]]
 
 
 def test_four_over_six_never_has_more_error_than_plain():
     x = torch.randn(64, 16, 16, generator=torch.Generator().manual_seed(0)) * 200
-    plain, wide = (nvfp4.quantize_blocks(x, four_over_six=f) for f in (False, True))
+    plain, wide = (nvfp4.quantize_blocks(x, method=m) for m in ("amax", "four_over_six"))
     plain_error, wide_error = (nvfp4.squared_error(x, *q) for q in (plain, wide))
     assert (wide_error <= plain_error).all() and (wide_error < plain_error).float().mean() > 0.3
-    _, _, outer = nvfp4.quantize(x, four_over_six=True)
+    _, _, outer = nvfp4.quantize(x, method="four_over_six")
     assert outer == x.abs().amax() / torch.tensor(2688.0)  # the outer scale is the same
+
+
+def test_searched_scales_literal_blocks():
+    """Around code c of amax/6, values that are exact under another code, and ties."""
+    c = 0x38 + 2  # 1.25
+    blocks = torch.zeros(len(nvfp4.CODE_OFFSETS), 16)
+    for row, offset in enumerate(nvfp4.CODE_OFFSETS):
+        s = nvfp4.decode_e4m3(torch.tensor(c + offset, dtype=torch.uint8))
+        blocks[row, :15] = s * torch.tensor([0.5, 1.0, 1.5, 2.0, 3.0]).repeat(3)
+        blocks[row, 15] = 7.5  # amax / 6 = 1.25
+    codes, scale = nvfp4.quantize_blocks(blocks, method="mse")
+    by_hand = [best_by_hand(block) for block in blocks]
+    assert nvfp4.encode_e4m3(scale).tolist() == by_hand and len(set(by_hand)) > 4
+    assert torch.equal(codes, nvfp4.encode_blocks(blocks, scale))
+
+
+def best_by_hand(block: torch.Tensor) -> int:
+    """The code of least squared error in float64, the first of equals."""
+    first = int(nvfp4.encode_e4m3(nvfp4.block_scale(block)))
+    errors = {}
+    for offset in (0, -1, 1, 4, 5, 6):
+        code = min(max(first + offset, 1), 126)
+        scale = float(torch.tensor(code, dtype=torch.uint8).view(torch.float8_e4m3fn).float())
+        nearest = [min(abs(abs(float(x)) - q * scale) for q in nvfp4.E2M1_VALUES) for x in block]
+        errors.setdefault(code, sum(e * e for e in nearest))
+    return min(errors, key=errors.get)
+
+
+def test_searched_scales_of_extreme_blocks():
+    """Ties keep amax/6; codes stay within 2^-9 and 448; NaN and Inf give the scale NaN."""
+    blocks = torch.zeros(5, 16)
+    blocks[1, 0], blocks[2, :] = 2.0**-140, 1e6  # far below, and saturated under every scale
+    blocks[3, 3], blocks[4, 5] = torch.nan, -torch.inf
+    codes, scale = nvfp4.quantize_blocks(blocks, method="mse")
+    assert scale[:3].tolist() == [2.0**-9, 2.0**-9, 448.0] and scale[3:].isnan().all()
+    assert codes[2].tolist() == [7] * 16 and not codes[[0, 1, 3, 4]].any()
+
+
+@settings(deadline=None, max_examples=50)
+@given(seed=st.integers(0, 2**31), exponent=st.integers(-12, 12), spread=st.integers(0, 8))
+def test_a_search_never_has_more_error(seed, exponent, spread):
+    """Than the scale of amax/6, which is among its candidates: block by block."""
+    random = torch.Generator().manual_seed(seed)
+    powers = torch.randint(0, spread + 1, (32, 16), generator=random) + exponent
+    x = torch.ldexp(torch.randn(32, 16, generator=random), powers)
+    plain, searched = (nvfp4.quantize_blocks(x, method=m) for m in ("amax", "mse"))
+    assert (nvfp4.squared_error(x, *searched) <= nvfp4.squared_error(x, *plain)).all()
+
+
+def test_a_search_gains_more_than_four_over_six():
+    """On a normal distribution, summed over blocks."""
+    x = torch.randn(4096, 16, generator=torch.Generator().manual_seed(0)) * 200
+    errors = [nvfp4.quantize_blocks(x, method=m) for m in nvfp4.BLOCK_SCALES]
+    amax, wide, searched = (nvfp4.squared_error(x, *q).sum() for q in errors)
+    assert searched < wide < amax and amax - searched > 1.5 * (amax - wide)
 
 
 def test_swizzled_offsets():

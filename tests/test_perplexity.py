@@ -72,6 +72,8 @@ def test_window_boundaries(length, window, scored, batch_size):
     expected = (-log_q[last, following]).mean().exp().item()
     assert metrics.perplexity == pytest.approx(expected, rel=1e-6)
     assert metrics.mean_kl == pytest.approx(kl, rel=1e-5)
+    same = (log_p.argmax(-1) == log_q.argmax(-1))[last].double().mean().item()
+    assert metrics.top1_agreement == pytest.approx(same)
     assert metrics.tokens == len(scored)
     assert metrics.windows == (length - length % window) // window + (length % window >= 2)
 
@@ -87,10 +89,13 @@ def test_loss_of_a_transformer_is_that_of_transformers():
 
 def test_kl_is_zero_for_the_same_model_and_grows_with_the_noise():
     model = tiny_llama()
-    assert evaluate(model, reference=model).mean_kl == 0.0
-    small = evaluate(perturbed(model, 0.002), reference=model).mean_kl
-    large = evaluate(perturbed(model, 0.02), reference=model).mean_kl
-    assert 0.0 < small < large
+    same, small, large = (
+        evaluate(other, reference=model)
+        for other in (model, perturbed(model, 0.002), perturbed(model, 0.02))
+    )
+    assert same.mean_kl == 0.0 < small.mean_kl < large.mean_kl
+    assert same.top1_agreement == 1.0 > small.top1_agreement > large.top1_agreement > 0.0
+    assert evaluate(model).top1_agreement is None
 
 
 def test_chunks_do_not_change_the_metrics(monkeypatch):

@@ -23,11 +23,13 @@ def activations(rows: int, channels: int, dtype: torch.dtype = torch.float32) ->
 
 
 ORDER = torch.randperm(64, generator=torch.Generator().manual_seed(1)).int()
+EXTRA = {"weight_blocks": ids(2), "act_channels": ids(*range(3, 64, 4), *range(16))}
 CONFIGS = {
     "plain": {},
     "blocks": {"act_blocks": ids(1, 3), "weight_blocks": ids(0, 1, 2)},
-    "channels": {"weight_blocks": ids(2), "act_channels": ids(*range(3, 64, 4), *range(16))},
-    "sorted": {"act_blocks": ids(0), "channel_order": ORDER, "four_over_six": True},
+    "channels": EXTRA,
+    "sorted": {"act_blocks": ids(0), "channel_order": ORDER, "block_scale": "four_over_six"},
+    "searched": {**EXTRA, "block_scale": "mse"},
     "tensor": {"act_blocks": ids(2), "scale_mode": "tensor"},
     "static": {"act_blocks": ids(2), "scale_mode": "static", "outer_scale": torch.tensor([0.01])},
 }
@@ -40,7 +42,7 @@ def augment(x: Tensor, **changes) -> tuple[Tensor, Tensor, Tensor]:
 
 def by_the_formula(x: Tensor, **config) -> tuple[Tensor, Tensor, Tensor]:
     """[Q(x) | Q(R)[:, act_blocks] | Q'(R[:, act_channels]) | Q(x)[:, weight_blocks]] by rows."""
-    wide = config.get("four_over_six", False)
+    method = config.get("block_scale", "amax")
     x = x.float()[:, config.get("channel_order", torch.arange(x.shape[1])).long()]
     mode = config.get("scale_mode", "token")
     codes, scales, outers = [], [], []
@@ -49,12 +51,12 @@ def by_the_formula(x: Tensor, **config) -> tuple[Tensor, Tensor, Tensor]:
         outer = config["outer_scale"][0] if mode == "static" else amax / torch.tensor(2688.0)
         inverse = torch.ones(()) / outer if mode == "static" else torch.tensor(2688.0) / amax
         blocks = nvfp4.to_blocks(row * inverse)
-        q, s = nvfp4.quantize_blocks(blocks, four_over_six=wide)
+        q, s = nvfp4.quantize_blocks(blocks, method=method)
         residual = blocks - nvfp4.decode_blocks(q, s)
         parts = [(q, s)]
         picked = [residual[b] for b in config.get("act_blocks", EMPTY).tolist()]
         picked += residual.flatten()[config.get("act_channels", EMPTY).long()].split(16)
-        parts += [nvfp4.quantize_blocks(r[None], four_over_six=wide) for r in picked if r.numel()]
+        parts += [nvfp4.quantize_blocks(r[None], method=method) for r in picked if r.numel()]
         parts += [(q[b : b + 1], s[b : b + 1]) for b in config.get("weight_blocks", EMPTY).tolist()]
         codes.append(torch.cat([q for q, _ in parts]).flatten())
         scales.append(torch.cat([s for _, s in parts]))
@@ -94,16 +96,16 @@ def test_schema_is_stable():
     assert str(torch.ops.arc.quant_augment.default._schema) == (
         "arc::quant_augment(Tensor x, Tensor act_blocks, Tensor weight_blocks, Tensor? "
         "outer_scale, str scale_mode, Tensor? channel_order=None, Tensor? act_channels=None, "
-        'bool four_over_six=False, str plan="", str scale_layout="plain") -> '
+        'str block_scale="amax", str plan="", str scale_layout="plain") -> '
         "(Tensor, Tensor, Tensor)"
     )
 
 
-@pytest.mark.parametrize("four_over_six", [False, True])
-def test_token_scales_do_not_depend_on_the_batch(four_over_six):
+@pytest.mark.parametrize("block_scale", nvfp4.BLOCK_SCALES)
+def test_token_scales_do_not_depend_on_the_batch(block_scale):
     """Each row alone, and among rows 10^4 times larger, has the same bytes."""
     x = activations(6, 64)
-    config = {**CONFIGS["blocks"], "four_over_six": four_over_six}
+    config = {**CONFIGS["blocks"], "block_scale": block_scale}
     whole = augment(x, **config)
     for row in range(6):
         assert_equal(augment(x[row], **config), tuple(t[row : row + 1] for t in whole))

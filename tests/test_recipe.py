@@ -12,7 +12,7 @@ from arc_ao.calibration.data import calibrate
 from arc_ao.calibration.session import CalibrationSession, observer_on
 from arc_ao.methods import recipe as recipe_module
 from arc_ao.methods.plan import analyse_session, make_plans
-from arc_ao.methods.recipe import Trial, best, quantized_on_the_fly, search_recipe
+from arc_ao.methods.recipe import Trial, best, halve, quantized_on_the_fly, search_recipe
 from arc_ao.methods.weights import quantize_weight
 
 
@@ -37,31 +37,80 @@ def session_on(model: nn.Module, config: ARCConfig) -> CalibrationSession:
 
 def key(trial: Trial) -> tuple:
     c = trial.config
-    return c.channel_order, c.granularity, c.exchange_rate, c.four_over_six
+    return c.channel_order, c.granularity, c.exchange_rate, c.activation_block_scale
 
 
 def searched(monkeypatch, divergence, **settings) -> list[Trial]:
     """Trials of a search in which `divergence(config)` stands for running the model."""
-    measure = lambda self, configs: [Trial(c, divergence(c)) for c in configs]
-    monkeypatch.setattr(recipe_module._Search, "measure", measure)
-    session = CalibrationSession(ARCConfig(**settings))
-    return search_recipe(nn.Identity(), session, batches(), progress=False)
+
+    def measure(self, configs: list[ARCConfig], count: int) -> list[Trial]:
+        return [Trial(c, divergence(c), count) for c in configs]
+
+    monkeypatch.setattr(recipe_module._Runs, "measure", measure)
+    session = CalibrationSession(ARCConfig(**{"layer_weights": "equal"} | settings))
+    return search_recipe(nn.Identity(), session, batches(8))
 
 
 def test_each_field_is_tried_on_the_winner_so_far(monkeypatch):
-    """The base, the other order, four rates, then each other field with the best rate."""
-    fields = {"exchange_rate": 3.0, "granularity": "channel", "four_over_six": True}
+    """The base, the other order, the other block scales, four rates, then the granularity."""
+    fields = {"exchange_rate": 3.0, "granularity": "channel"}
+    fields |= {"activation_block_scale": "mse"}
 
     def divergence(config: ARCConfig) -> float:
         return 1.0 - 0.2 * sum(getattr(config, k) == v for k, v in fields.items())
 
     winner, *rest = searched(monkeypatch, divergence)
-    rates = {("none", "block", rate, False) for rate in (0.0, 0.3, 1.0, 3.0, "inf")}
-    later = {("amax", "block", 1.0, False), ("none", "channel", 3.0, False)}
-    assert key(winner) == ("none", "channel", 3.0, True)
-    assert {key(t) for t in rest} == rates | later and len(rest) == 7
+    before = {("none", "block", 1.0, "amax"), ("amax", "block", 1.0, "amax")}
+    rates = {("none", "block", rate, "mse") for rate in (0.0, 0.3, 1.0, 3.0, "inf")}
+    assert key(winner) == ("none", "channel", 3.0, "mse")
+    assert {key(t) for t in rest} == before | rates and len(rest) == 7
     assert [t.divergence for t in rest] == sorted(t.divergence for t in rest)
     assert all(t.config.searched == [] for t in rest)
+
+
+def test_fewer_rates_are_tried_where_errors_have_one_unit(monkeypatch):
+    trials = searched(monkeypatch, lambda config: 1.0, layer_weights="fisher")
+    assert {t.config.exchange_rate for t in trials} == {0.3, 1.0, 3.0}
+
+
+def test_the_better_half_runs_on_all_batches():
+    """Four candidates on a quarter of the batches, two of them on the rest, each batch once; the
+    others are reported with what they ran on and cannot win."""
+    configs = [
+        ARCConfig(recipe="balanced", exchange_rate=r).resolve() for r in (1.0, 2.0, 3.0, 4.0)
+    ]
+    calls = []
+
+    class Runs(recipe_module._Runs):
+        def _plans(self, config):
+            return config.exchange_rate
+
+        def _divergences(self, plans, batch):
+            calls.append((plans, batch))
+            # The last is the worst at first and would be the best later.
+            return [0.0 if rate == 4.0 and batch > 1 else rate for rate in plans]
+
+    runs = Runs(nn.Identity(), None, list(range(8)), lambda: None)
+    trials = halve(runs, configs)
+    assert [(t.config.exchange_rate, t.batches) for t in trials] == [
+        (1.0, 8), (2.0, 8), (3.0, 2), (4.0, 2)
+    ]  # fmt: skip
+    assert calls == [([1.0, 2.0, 3.0, 4.0], i) for i in (0, 1)] + [
+        ([1.0, 2.0], i) for i in range(2, 8)
+    ]
+    assert best([*trials, Trial(configs[3], 0.0, 2)]).config is configs[0]
+
+
+def test_expected_runs_bound_what_a_search_runs(monkeypatch):
+    """The bar's total: exactly what is run where every field is searched."""
+    ran = []
+    monkeypatch.setattr(recipe_module, "output_divergence", lambda *_: 1.0)
+    model = tiny_llama(num_hidden_layers=1)
+    config = ARCConfig(channel_order="none")
+    session, data = session_on(model, config), batches(8)
+    advance = recipe_module._Runs(model, session, data, lambda: ran.append(1))
+    recipe_module._search(advance, config)
+    assert len(ran) == recipe_module.expected_runs(config, 8)
 
 
 @pytest.mark.parametrize("field, value", [("channel_order", "amax"), ("exchange_rate", "inf")])
@@ -76,12 +125,12 @@ def test_gathering_is_not_tried_where_it_means_nothing(monkeypatch, field, value
     "settings, count",
     [
         ({}, 8),
-        ({"granularity": "block", "four_over_six": False}, 6),
-        ({"channel_order": "none", "exchange_rate": 1.0, "four_over_six": True}, 2),
+        ({"granularity": "block", "activation_block_scale": "amax"}, 6),
+        ({"channel_order": "none", "exchange_rate": 1.0, "activation_block_scale": "mse"}, 2),
         # Numbers of channels and thresholds leave nothing to exchange: no duplicates.
-        ({"num_act_channels": 16, "four_over_six": False}, 3),
-        ({"num_weight_channels": 16, "four_over_six": False}, 2),
-        ({"selection": "threshold", "four_over_six": False}, 2),
+        ({"num_act_channels": 16, "activation_block_scale": "amax"}, 3),
+        ({"num_weight_channels": 16, "activation_block_scale": "amax"}, 2),
+        ({"selection": "threshold", "activation_block_scale": "amax"}, 2),
         ({"budget": 0.0}, 1),
     ],
 )
@@ -99,7 +148,7 @@ def test_a_search_measures_a_real_model():
     summary = quantize_(model, config, calibration_data=batches(), progress=False)
     trials = summary.trials[0]
     assert len({t["divergence"] for t in trials}) > 3 and all(t["divergence"] > 0 for t in trials)
-    for name in ("exchange_rate", "four_over_six"):
+    for name in ("exchange_rate", "activation_block_scale"):
         assert summary.configs[0]["_data"][name] == trials[0][name]
 
 
@@ -110,13 +159,13 @@ def trial(divergence: float, **settings) -> Trial:
 def test_among_equals_the_cheaper_wins():
     """Within 5 % of the least divergence run time decides, and divergence among equal costs."""
     plain, plain_too = trial(1.05), trial(1.04)
-    gathered, wide = trial(1.02, granularity="channel"), trial(1.01, four_over_six=True)
+    gathered, wide = trial(1.02, granularity="channel"), trial(1.01, activation_block_scale="mse")
     sorted_ = trial(1.0, channel_order="amax")
     assert best([sorted_, wide, gathered, plain]) is plain
     assert best([sorted_, wide, gathered, plain, plain_too]) is plain_too
     assert best([sorted_, wide, gathered, trial(1.06)]) is gathered
     assert best([sorted_, wide]) is wide
-    assert best([sorted_, trial(1.051, four_over_six=True)]) is sorted_
+    assert best([sorted_, trial(1.051, activation_block_scale="mse")]) is sorted_
     assert best([trial(float("inf")), sorted_]) is sorted_
     assert best([trial(1e-9), trial(0.0, channel_order="amax")]).divergence == 0.0
 
@@ -128,7 +177,7 @@ def test_the_search_leaves_no_trace():
     session = session_on(model, config)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
-    search_recipe(model, session, batches(), progress=False)
+    search_recipe(model, session, batches())
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     assert session.observing
@@ -136,7 +185,7 @@ def test_the_search_leaves_no_trace():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"granularity": "channel", "four_over_six": True}, {"channel_order": "amax"}],
+    [{"granularity": "channel", "activation_block_scale": "mse"}, {"channel_order": "amax"}],
 )
 def test_trying_gives_the_output_of_converting(settings):
     """Quantized on the fly and converted for good: the same logits, bit for bit."""

@@ -2,15 +2,23 @@
 
 import copy
 import json
+from dataclasses import replace
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from tiny_models import byte_tokenizer, tiny_llama
 from torch import nn
 
 from arc_ao import ARCConfig, quantize_
-from arc_ao.eval.plot import plot_report
-from arc_ao.eval.report import format_report, layer_report, quantize_plain, save_report
+from arc_ao.eval.plot import panels, plot_report
+from arc_ao.eval.report import (
+    LayerReport,
+    format_report,
+    layer_report,
+    quantize_plain,
+    save_report,
+)
 
 
 def _pair(config: ARCConfig):
@@ -116,3 +124,17 @@ def test_inputs_in_every_form_and_by_keyword():
     model = copy.deepcopy(original)
     quantize_(model, ARCConfig(budget=0.0, recipe="plain"), progress=False)
     assert len(layer_report(model, original, [x], progress=False)) == 1
+
+
+def test_deep_models_have_a_panel_for_each_projection(tmp_path):
+    """210 layers on one axis cannot be read: one panel per projection, its blocks in order."""
+    names = [f"layers.{block}.{name}" for block in range(30) for name in ("q_proj", "up_proj")]
+    row = LayerReport("", 64, 64, 10.0, 12.0, 16, 0, 4.5)
+    rows = [replace(row, name=name) for name in [*names, *(f"x.{name}" for name in names[:30])]]
+    found = panels(rows)
+    assert list(found) == ["q_proj", "up_proj"] and len(found["q_proj"]) == 45
+    assert [r.name for r in found["up_proj"][:2]] == ["layers.0.up_proj", "layers.1.up_proj"]
+    assert panels(rows[:14]) == {"": rows[:14]}
+    plot_report(rows, tmp_path / "rows.png")
+    width, height = plt.imread(tmp_path / "rows.png").shape[1::-1]
+    assert width < 2 * height

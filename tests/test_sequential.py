@@ -16,7 +16,7 @@ from arc_ao.calibration import sequential
 from arc_ao.calibration.data import calibrate
 from arc_ao.calibration.gram import Gram
 from arc_ao.calibration.session import observer_on
-from arc_ao.methods.gptq import prepare_rounding, round_weight
+from arc_ao.methods.hessian import quantize_group
 from arc_ao.methods.plan import analyse_session, make_plans
 from arc_ao.summary import arc_tensors
 
@@ -58,8 +58,8 @@ def test_every_linear_is_rounded_on_what_the_quantized_model_feeds_it(settings):
         plan, gram = plans[name], Gram(plans[name])
         for x in inputs_of(model, name, batches()):
             gram.add(x)
-        rounding = prepare_rounding(gram.take, plan, [name])
-        expected = round_weight(original.get_submodule(name).weight.detach(), plan, rounding)
+        weight = original.get_submodule(name).weight.detach()
+        expected = next(quantize_group([weight], [plan], [name], gram)).tensor
         found = tensor.to_layout("plain")
         assert torch.equal(found.qdata, expected.qdata), name
         assert torch.equal(found.scale, expected.scale), name
@@ -78,8 +78,9 @@ def test_twice_gives_the_same_bits():
 
 def test_gptq_changes_codes_and_nothing_else():
     """Residual blocks, order and size are those of rounding to nearest."""
-    gptq = quantized(tiny_llama(), ARCConfig(**GPTQ))
-    nearest = quantized(tiny_llama(), ARCConfig(**GPTQ | {"rounding": "nearest"}))
+    data = batches(48)  # 12 tokens for each channel of the widest input
+    gptq = quantized(tiny_llama(), ARCConfig(**GPTQ), data)
+    nearest = quantized(tiny_llama(), ARCConfig(**GPTQ | {"rounding": "nearest"}), data)
     for name, tensor in arc_tensors(gptq).items():
         other = arc_tensors(nearest)[name]
         assert tensor.input_plan == other.input_plan and tensor.shape == other.shape
@@ -192,7 +193,7 @@ def test_one_sum_lives_at_a_time_and_none_afterwards(monkeypatch):
 
 
 def test_hooks_modes_and_observers_are_gone():
-    model = quantized(tiny_llama().train(), ARCConfig(**GPTQ | {"layer_weights": "measured"}))
+    model = quantized(tiny_llama().train(), ARCConfig(**GPTQ | {"layer_weights": "fisher"}))
     assert model.training and model.config.use_cache
     for module in model.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks

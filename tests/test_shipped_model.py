@@ -16,7 +16,11 @@ from arc_ao.eval.perplexity import evaluate_text, read_text
 from arc_ao.integrations.huggingface import load_model
 from arc_ao.shipped import CALIBRATION_TEXT, HELDOUT_TEXT, MODEL
 
-FOUND = {"channel_order": "amax", "exchange_rate": 0.3, "four_over_six": True}  # by the demo
+FOUND = {
+    "channel_order": "amax",
+    "exchange_rate": 0.3,
+    "activation_block_scale": "mse",
+}  # by the demo
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +86,7 @@ def test_ours_closes_forty_percent_the_best_fifty_five(shipped, batches):
 
 
 def test_demo_writes_its_table_and_plot(tmp_path, monkeypatch):
-    """Every row with every figure, JSON and PNG; a second run replaces the first one's models."""
+    """Every row with every figure, JSON and PNG; a second run replaces the first one's files."""
     configs = {
         "NVFP4, plain": ARCConfig(budget=0.0, recipe="plain"),
         "ours": ARCConfig(budget=0.10, recipe="balanced"),

@@ -20,7 +20,7 @@ def test_plain_nvfp4_is_plain_with_calibration_data_too():
     summary = quantize_(model, PLAIN, calibration_data=batches, progress=False)
     weight = model.model.layers[0].mlp.up_proj.weight
     assert summary.trials == [[]] and summary.extra_channels == 0
-    assert weight.channel_order is None and not weight.four_over_six
+    assert weight.channel_order is None and weight.activation_block_scale == "amax"
 
 
 class Experts(nn.Module):

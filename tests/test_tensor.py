@@ -1,6 +1,7 @@
 """ARCTensor: what loaders, savers and serving engines do to a weight keeps its meaning."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -209,7 +210,7 @@ def test_a_compiled_linear_follows_its_weight():
     for other in (*blocks, VARIANTS["static"]):
         assert compilations(quantized(make_weight(), **other)) == 1, other
     assert compilations(quantized(make_weight()).to_layout("panels")) == 1
-    module.weight.four_over_six = True
+    module.weight.activation_block_scale = "mse"
     assert compilations() == 1
 
 
@@ -221,6 +222,26 @@ def test_safetensors_round_trip(tensor, tmp_path):
     state, left = safetensors_support.unflatten_tensor_state_dict(loaded, metadata)
     assert_same(state["layer.weight"], tensor)
     assert not left
+
+
+@pytest.mark.parametrize("old, method", [(True, "four_over_six"), (False, "amax")])
+def test_tensors_from_before_activation_block_scale_load(tensor, tmp_path, old, method):
+    """Safetensors metadata and pickles that hold `four_over_six` instead."""
+    tensor.activation_block_scale = method
+    data, metadata = safetensors_support.flatten_tensor_state_dict({"layer.weight": tensor})
+    described = json.loads(metadata["layer.weight"])
+    del described["_data"]["activation_block_scale"]
+    described["_data"]["four_over_six"] = old
+    metadata["layer.weight"] = json.dumps(described)
+    state, _ = safetensors_support.unflatten_tensor_state_dict(data, metadata)
+    assert_same(state["layer.weight"], tensor)
+    expected = tensor.clone()
+    del tensor.__dict__["activation_block_scale"]
+    tensor.__dict__["four_over_six"] = old
+    torch.save(tensor, tmp_path / "old.pt")
+    loaded = torch.load(tmp_path / "old.pt")
+    assert_same(loaded, expected)
+    assert not hasattr(loaded, "four_over_six")
 
 
 def test_sizes_and_repr_by_hand():

@@ -123,10 +123,18 @@ def test_decoding_takes_few_instructions(capability, route, name, repeats, most)
     assert count.spills == 0 and 1 < count.instructions <= most, count
 
 
+@pytest.mark.parametrize("block_scale", ["four_over_six", "mse"])
 @pytest.mark.parametrize("kind", ["RMS_NORM", "ADD_RMS_NORM"])
-def test_long_rows_in_another_order_spill_nothing(kind):
-    """With both roundings of four-over-six: what takes most registers."""
-    machine = quantizer(90, kind, whole=False, four_over_six=True, ordered=True)
+def test_long_rows_in_another_order_spill_nothing(kind, block_scale):
+    """With several roundings of every block: what takes most registers."""
+    machine = quantizer(90, kind, whole=False, block_scale=block_scale, ordered=True)
+    assert machine.spills == 0
+
+
+@pytest.mark.parametrize("capability, kind", [(80, "PLAIN"), (100, "SILU_MUL"), (120, "RMS_NORM")])
+def test_searched_scales_spill_nothing(capability, kind):
+    """Of a row in registers, on every architecture."""
+    machine = quantizer(capability, kind, whole=True, block_scale="mse")
     assert machine.spills == 0
 
 

@@ -13,10 +13,11 @@ from arc_ao.eval.divergence import kl_divergence
 from arc_ao.methods.tuning import parameters, reference, schedule, session
 from arc_ao.methods.tuning import tune as tuning
 from arc_ao.methods.tuning.reference import record_references
+from arc_ao.passes.quantizer import ARCQuantizer
 from arc_ao.summary import arc_tensors
 
 START = ARCConfig(recipe="balanced", budget=0.2)
-SEARCHED = {"channel_order": "none", "granularity": "block", "four_over_six": False}
+SEARCHED = {"channel_order": "none", "granularity": "block", "activation_block_scale": "amax"}
 TUNED = ARCConfig(
     recipe="tuned", exchange_rate=1.0, layer_weights="equal", tuning_minutes=0.05, **SEARCHED
 )
@@ -259,5 +260,9 @@ def test_what_cannot_be_tuned_is_refused_before_anything_changes(monkeypatch):
     with pytest.raises(ValueError, match="GB of free memory on cpu to train"):
         quantize_(model, TUNED, calibration_data=tokens(), progress=False)
     assert not arc_tensors(model)
+    with pytest.raises(ValueError, match="needs no training in a prepare/convert flow"):
+        quantize_(model, TUNED.with_step("prepare"))
+    with pytest.raises(ValueError, match="needs no training, found 'tuned'"):
+        ARCQuantizer(TUNED)
     with pytest.raises(ValueError, match="tuning_minutes must be more than 0"):
         ARCConfig(recipe="tuned", tuning_minutes=0)

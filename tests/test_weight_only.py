@@ -200,7 +200,7 @@ def test_checkpoints_recreate_it():
         ({"activation_scale": "none"}, "say activation='bf16'"),
         ({"activation": "bf16", "recipe": "paper"}, "expected selection='energy'"),
         ({"activation": "bf16", "num_act_channels": 16}, "num_act_channels must be 0 or None"),
-        ({"activation": "bf16", "four_over_six": True}, "four_over_six must be False or None"),
+        ({"activation": "bf16", "four_over_six": True}, "block_scale must be 'amax' or None"),
         ({"activation": "bf16", "channel_order": "amax"}, "channel_order must be 'none' or None"),
         ({"activation": "bf16", "exchange_rate": 1.0}, "exchange_rate must be 'inf' or None"),
     ],

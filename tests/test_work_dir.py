@@ -21,7 +21,7 @@ from arc_ao.methods import hessian as convert_module
 LAYERS = 3
 GPTQ = {"recipe": "balanced", "rounding": "gptq", "budget": 0.2}
 CONFIG = ARCConfig(**GPTQ)
-SEARCHED = {"channel_order": "none", "granularity": "block", "four_over_six": False}
+SEARCHED = {"channel_order": "none", "granularity": "block", "activation_block_scale": "amax"}
 BEST = ARCConfig(recipe="best", budget=0.2, **SEARCHED)
 
 CHILD = """
@@ -77,7 +77,7 @@ def test_killed_while_at_work_it_resumes_with_the_same_bits(tmp_path, monkeypatc
     count = lambda *args, f=convert_module.prepare_rounding: converted.append(1) or f(*args)
     monkeypatch.setattr(convert_module, "prepare_rounding", count)
     refuse = lambda *args, **kwargs: pytest.fail("calibrated again")
-    monkeypatch.setattr(quantize_module, "calibrate", refuse)
+    monkeypatch.setattr(quantize_module, "observe", refuse)
     monkeypatch.setattr(planning, "search_recipe", refuse)
     resumed = quantized(tmp_path / "work", BEST)
     assert len(converted) == 4 * (LAYERS - len(finished))

@@ -110,7 +110,7 @@ AUGMENTATION = {  # the arguments behind x, in their order
     "scale_mode": "token",
     "channel_order": None,
     "act_channels": None,
-    "four_over_six": False,
+    "block_scale": "amax",
 }
 CONFIGS = {
     "plain": {},
@@ -120,7 +120,13 @@ CONFIGS = {
         "act_blocks": ids(2),
         "channel_order": torch.randperm(40, generator=generator()).int(),
         "act_channels": ids(*range(39, 23, -1)),
-        "four_over_six": True,
+        "block_scale": "four_over_six",
+    },
+    "searched": {
+        "act_blocks": ids(1),
+        "weight_blocks": ids(0),
+        "act_channels": ids(*range(20, 36)),
+        "block_scale": "mse",
     },
     "tensor": {"act_blocks": ids(2), "scale_mode": "tensor"},
     "static": {"act_blocks": ids(2), "scale_mode": "static", "outer_scale": torch.tensor([0.01])},
@@ -143,18 +149,19 @@ def test_quantized_rows_are_bit_equal(config, dtype):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
 @pytest.mark.parametrize("mode", ["token", "tensor"])
-def test_non_finite_rows_are_bit_equal(bad, mode):
+@pytest.mark.parametrize("block_scale", ["amax", "mse"])
+def test_non_finite_rows_are_bit_equal(bad, mode, block_scale):
     """NaN and Inf reach scales and codes as in the meaning; the padding behind them, too."""
     x = activations(2, 40)
     x[0, 35] = bad
-    arguments = (ids(1, 2), ids(2), None, mode)
+    arguments = (ids(1, 2), ids(2), None, mode, None, None, block_scale)
     got = triton_producers.quant_augment(x, *arguments)
     same_bits(got, quant_augment_eager(x, *arguments))
     assert (got[1] == nvfp4.E4M3_NAN).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("config", ["channels", "tensor"])
+@pytest.mark.parametrize("config", ["channels", "searched", "tensor"])
 def test_fused_producers_are_bit_equal(config, dtype):
     """Norm, sum and norm, gated product: codes, scales and the sum that is returned."""
     x, y = activations(2, 40, dtype), activations(3, 40, dtype)[1:]
@@ -195,6 +202,15 @@ def test_rows_longer_than_a_tile_are_bit_equal(config, monkeypatch):
         triton_producers.add_rms_norm_quant_augment(x, y, weight, EPS, *rest),
         producers.add_rms_norm_quant_augment_eager(x, y, weight, EPS, *rest),
     )
+
+
+@pytest.mark.parametrize("size", [2.0**-126, 1e-3, 1.0, 300.0, 1e9])
+def test_searched_scales_of_every_size_are_bit_equal(size):
+    """Under a given outer scale: below the smallest scale, among subnormals, beyond the largest."""
+    x = activations(2, 64, torch.float32) * size
+    outer = torch.tensor([0.01])
+    arguments = (x, ids(1), EMPTY, outer, "static", None, None, "mse")
+    same_bits(triton_producers.quant_augment(*arguments), quant_augment_eager(*arguments))
 
 
 def test_strides_leading_dimensions_and_empty_batches():

@@ -46,23 +46,23 @@ def quantizer(
     kind: str,
     *,
     whole: bool,
-    four_over_six: bool = False,
+    block_scale: str = "amax",
     ordered: bool = False,
 ) -> Machine:
     """`quantize_row` of a row of 4096 channels, or of one longer than a tile."""
     number = getattr(triton_inputs, kind).value
-    is_heavy = triton_producers._is_heavy(number, ordered, four_over_six)
+    is_heavy = triton_producers._is_heavy(number, ordered, block_scale)
     tile, _ = triton_producers.tile_blocks(256 if whole else 2048, is_heavy)
     constants = {
         "kind": number,
         "origin": triton_quantize.ROW_AMAX.value,
         "ordered": ordered,
-        "four_over_six": four_over_six,
+        "block_scale": block_scale,
         "whole": whole,
         "TILE": tile,
         "FEW": 16,
     }
-    warps = triton_producers.num_warps(tile, constants["kind"])
+    warps = triton_producers.num_warps(tile, number, block_scale)
     options = {"num_warps": warps, "enable_fp_fusion": False}
     return build(triton_quantize.quantize_row, capability, QUANTIZE_ARGUMENTS, constants, **options)
 
@@ -117,11 +117,12 @@ def count_product(capability: int, rule: tuning.Rule, *, repeats: bool) -> Count
     return Count(name, capability, machine.loop / weights, machine.registers, machine.spills)
 
 
-def count_quantizer(capability: int, kind: str, *, four_over_six: bool = False) -> Count:
+def count_quantizer(capability: int, kind: str, *, block_scale: str = "amax") -> Count:
     """Of a row of 4096 channels in registers."""
-    machine = quantizer(capability, kind, whole=True, four_over_six=four_over_six)
-    warps = triton_producers.num_warps(256, getattr(triton_inputs, kind).value)
-    name = f"quantize {kind}{', four over six' if four_over_six else ''}"
+    machine = quantizer(capability, kind, whole=True, block_scale=block_scale)
+    number = getattr(triton_inputs, kind).value
+    warps = triton_producers.num_warps(256, number, block_scale)
+    name = f"quantize {kind}{'' if block_scale == 'amax' else f', {block_scale}'}"
     elements = 4096 / (WARP_SIZE * warps)
     return Count(name, capability, machine.straight / elements, machine.registers, machine.spills)
 
@@ -134,7 +135,8 @@ def main() -> None:
         counts = [count_product(capability, r, repeats=x) for r in routes for x in (False, True)]
         counts += [count_quantizer(capability, k) for k in ("PLAIN", "RMS_NORM", "ADD_RMS_NORM")]
         counts += [count_quantizer(capability, k) for k in ("SILU_MUL", "GELU_MUL")]
-        counts += [count_quantizer(capability, "PLAIN", four_over_six=True)]
+        searched = ("four_over_six", "mse")
+        counts += [count_quantizer(capability, "PLAIN", block_scale=s) for s in searched]
         for c in counts:
             numbers = f"{c.instructions:.2f} | {c.registers} | {c.spills}"
             print(f"| {c.name} | {c.capability} | {numbers} |")

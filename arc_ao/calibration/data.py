@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from arc_ao.inference import evaluation_mode, run_model
 from arc_ao.memory import release_memory
+from arc_ao.progress import Progress
 
 Batch = dict[str, Any]
 
@@ -77,6 +77,16 @@ def text_batches(
     return [torch.tensor([w]) for w in windows]
 
 
+def tokens_for_width(in_features: int, window: int = 512) -> int:
+    """Calibration tokens that the Hessians of a model want: 10 for every input channel of its
+    widest linear, in whole windows, and at least 16,384.
+
+    With fewer, GPTQ fits the sample: on held-out tokens the error of a linear with 1,536 channels
+    was above plain rounding's after 4,096 tokens and a third below it after 16,384.
+    """
+    return max(16_384, -(-10 * in_features // window) * window)
+
+
 def num_tokens(batch: Batch | Tensor) -> int:
     """Tokens in a batch: elements of its input ids (or of its leading tensor, rows)."""
     if isinstance(batch, Tensor):
@@ -100,8 +110,14 @@ def calibrate(
 
     The data and its options are those of `quantize_`; this is the middle of the three steps.
     """
-    batches = to_batches(data, tokenizer, max_length)
+    bar = Progress({"calibrate": 1.0}, show=progress)
+    observe(model, to_batches(data, tokenizer, max_length), bar)
+    bar.close()
+
+
+def observe(model: nn.Module, batches: list[Batch | Tensor], progress: Progress) -> None:
+    """Run a prepared model over batches in evaluation mode."""
     with evaluation_mode(model):
-        for batch in tqdm(batches, desc="calibrate", disable=not progress, leave=False):
+        for batch in progress.steps("calibrate", batches):
             run_model(model, batch)
             release_memory()

@@ -1,4 +1,4 @@
-"""E[x^T x] of what a linear's quantized weight meets, for rounding that looks at errors.
+"""E[w x^T x] of what a linear's quantized weight meets, for rounding that looks at errors.
 
 x [M, A] is the input as it is dequantized at run time: base channels in plan order and padded,
 activation residual blocks added in, copied channels appended (A = K16 + copied). Sums are fp32,
@@ -8,7 +8,7 @@ activation residual blocks added in, copied channels appended (A = K16 + copied)
 import torch
 from torch import Tensor
 
-from arc_ao.calibration.input_gram import InputGram, row_chunks
+from arc_ao.calibration.input_gram import InputGram
 from arc_ao.formats import nvfp4
 from arc_ao.methods.weights import LayerPlan, in_order
 from arc_ao.ops import quant_augment
@@ -33,7 +33,7 @@ def effective_input(x: Tensor, plan: LayerPlan) -> Tensor:
         plan.config.activation_scale,
         channel_order=plan.channel_order,
         act_channels=plan.act_channels,
-        four_over_six=plan.config.four_over_six,
+        block_scale=plan.config.activation_block_scale,
     )
     values = nvfp4.decode(qdata, scale).mul_(outer.unsqueeze(1))
     base = -(-x.shape[1] // nvfp4.BLOCK_SIZE) * nvfp4.BLOCK_SIZE
@@ -44,11 +44,16 @@ def effective_input(x: Tensor, plan: LayerPlan) -> Tensor:
 
 
 class Gram(InputGram):
-    """Running E[x^T x] of one input under a plan."""
+    """Running E[w x^T x] of one input under a plan.
 
-    def __init__(self, plan: LayerPlan) -> None:
+    Args:
+        tokens: that will be added, as far as known, for rows held out of all of them.
+    """
+
+    def __init__(self, plan: LayerPlan, tokens: int = 0) -> None:
         super().__init__()
         self.plan = plan
+        self.held.spread_over(tokens)
 
     @torch.no_grad()
     def add(self, x: Tensor, keep: Tensor | None = None) -> None:
@@ -56,6 +61,8 @@ class Gram(InputGram):
         rows = x.reshape(-1, x.shape[-1])
         if keep is not None and keep.shape == x.shape[:-1]:
             rows = rows[keep.reshape(-1).bool()]
-        for chunk in row_chunks(rows):
-            self.add_products(effective_input(chunk, self.plan))
-        self.count += rows.shape[0]
+        super().add(rows)
+
+    def met(self, rows: Tensor) -> Tensor:
+        """rows [M, K] as the weights meet them: fp32 [M, A]."""
+        return effective_input(rows, self.plan)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from arc_ao.calibration.input_gram import InputGram
 from arc_ao.calibration.input_sample import InputSample
 from arc_ao.formats import nvfp4
+from arc_ao.ops import quant_augment
 
 CHUNK_ELEMENTS = 1 << 18  # bounds the temporaries of one update
 
@@ -99,10 +100,14 @@ class ARCObserver(nn.Module):
         square_sum, error_sum = torch.zeros_like(self.square_sum), torch.zeros_like(self.error_sum)
         orders = [_order(running_amax, name) for name in self.channel_orders]
         for chunk in rows.split(max(1, CHUNK_ELEMENTS // max(1, rows.shape[1]))):
-            square_sum += chunk.double().square().sum(0)
-            for total, order in zip(error_sum, orders, strict=True):
-                total += plain_error(chunk.float(), order).double().sum(0)
+            square_sum += chunk.float().square().sum(0, dtype=torch.float64)
+            for total, (error, order) in zip(error_sum, channel_errors(chunk, orders), strict=True):
+                total += from_order(error.sum(0, dtype=torch.float64), order)
         return Increment(amax, square_sum, error_sum, rows.shape[0], running_amax)
+
+    def orders(self) -> list[Tensor | None]:
+        """The channel orders of the statistics, by what was seen so far."""
+        return [_order(self.amax, name) for name in self.channel_orders]
 
     def fits(self, increment: Increment) -> bool:
         """Whether `measure` would give the same here, after what this layer saw so far."""
@@ -189,12 +194,30 @@ def _order(amax: Tensor, name: str) -> Tensor | None:
     return sorted_order(amax) if name == "amax" else None
 
 
-def plain_error(rows: Tensor, order: Tensor | None = None) -> Tensor:
-    """(x - Q(x))^2 of rows [M, K] in plain NVFP4 with one outer scale a row, blocks in `order`."""
-    ordered = rows if order is None else rows.index_select(1, order)
-    amax = ordered.abs().amax(1, keepdim=True)
-    blocks = nvfp4.to_blocks(ordered * nvfp4.inverse_outer_scale(amax))  # [M, K/16, 16]
-    codes, scale = nvfp4.quantize_blocks(blocks)
-    residual = (blocks - nvfp4.decode_blocks(codes, scale)).flatten(1)[:, : rows.shape[1]]
-    error = (residual * nvfp4.outer_scale(amax)).square_()
-    return error if order is None else torch.empty_like(error).index_copy_(1, order.long(), error)
+def channel_errors(
+    rows: Tensor, orders: Sequence[Tensor | None]
+) -> list[tuple[Tensor, Tensor | None]]:
+    """(x - Q(x))^2 of rows [M, K] in plain NVFP4 with one outer scale a row, for each order.
+
+    fp32 [M, K], its channels in the order beside it.
+    """
+    found = []
+    for order in orders:
+        ordered = rows if order is None else rows.index_select(1, order)
+        found.append((plain_error(ordered), order))
+    return found
+
+
+def plain_error(rows: Tensor) -> Tensor:
+    """(x - Q(x))^2 of rows [M, K] in plain NVFP4 with one outer scale a row, fp32."""
+    no_blocks = torch.empty(0, dtype=torch.int32, device=rows.device)
+    qdata, scale, outer = quant_augment(rows, no_blocks, no_blocks, None, "token")
+    values = nvfp4.decode(qdata, scale)[:, : rows.shape[1]].mul_(outer.unsqueeze(1))
+    return values.sub_(rows).square_()
+
+
+def from_order(values: Tensor, order: Tensor | None) -> Tensor:
+    """Values [K] of channels in `order`, back in their natural order."""
+    if order is None:
+        return values
+    return torch.empty_like(values).scatter_(0, order.long(), values)

@@ -4,8 +4,8 @@ A decoder or encoder is a chain of equal blocks. Its first block's inputs are re
 what every block is given besides the hidden states. Then block by block, and within a block input
 by input in the order of execution (q/k/v, o, gate/up, down):
 
-    run the block on all batches up to the input      E[x^T x] of what the weights will meet
-    quantize the linears that read it                 the sum is freed
+    run the block on all batches up to the input      products of what the weights will meet
+    quantize the linears that read it                 their sum is freed
     ... and, when all are done, run the whole block   the next block's inputs
 
 Memory beyond the model: the hidden states of all calibration tokens in the model's dtype (tokens *
@@ -22,15 +22,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from arc_ao.calibration.data import Batch
+from arc_ao.calibration.data import Batch, num_tokens
 from arc_ao.calibration.gram import Gram
 from arc_ao.calibration.session import Member
 from arc_ao.calibration.work_dir import WorkDir
 from arc_ao.inference import evaluation_mode, run_model, without_cache
 from arc_ao.memory import release_memory
+from arc_ao.methods.few_tokens import RoundingNote
 from arc_ao.methods.weights import LayerPlan
+from arc_ao.progress import SILENT, Progress
 from arc_ao.tensor import ARCTensor
 
 HIDDEN = "hidden_states"
@@ -112,39 +113,46 @@ def quantize_sequentially(
     batches: list[Batch | Tensor],
     groups: list[list[Member]],
     plan_of: Callable[[Member], LayerPlan],
-    convert: Callable[[list[Member], Gram | None], None],
+    convert: Callable[[list[Member], Gram | None], dict[str, RoundingNote]],
     finish: Callable[[Member, ARCTensor], None],
     *,
     work: WorkDir | None = None,
-    progress: bool = True,
-) -> None:
+    progress: Progress = SILENT,
+) -> dict[str, RoundingNote]:
     """Convert the linears inside the model's blocks, in the order of execution.
 
     Args:
         groups: linears by shared input, from the ordinary calibration.
         plan_of: plan of a linear that is not converted yet.
-        convert: quantizes the linears of one input in place, given E[x^T x], or None where their
-            plan needs none.
+        convert: quantizes the linears of one input in place, given the sum of its products, or
+            None where their plan needs none; how each was rounded, by name.
         finish: puts one quantized weight in its place.
         work: finished blocks to take over, and where to keep new ones.
+
+    Returns:
+        How each linear was rounded, by name.
     """
+    all_notes: dict[str, RoundingNote] = {}
     linears = [member.module for group in groups for member in group]
     with evaluation_mode(model), torch.no_grad(), without_cache(model):
         chain = _record(model, find_blocks(model, linears), batches, linears)
-        bar = tqdm(range(len(chain.blocks)), desc="blocks", disable=not progress, leave=False)
-        for index in bar:
+        for index in progress.steps("round weights", range(len(chain.blocks))):
             inside = chain.groups(index, groups)
             members = [member for group in inside for member in group]
             kept = None if work is None else work.load_block(index)
             if kept is not None:
+                weights, notes = kept
                 for member in members:
-                    finish(member, kept[member.name])
+                    finish(member, weights[member.name])
             else:
+                notes = {}
                 for group in inside:
-                    convert(group, chain.gather(index, group[0].module, plan_of(group[0])))
+                    notes |= convert(group, chain.gather(index, group[0].module, plan_of(group[0])))
                 if work is not None:
-                    work.save_block(index, {m.name: m.module.weight.data for m in members})
+                    work.save_block(index, {m.name: m.module.weight.data for m in members}, notes)
+            all_notes |= notes
             chain.advance(index)
+    return all_notes
 
 
 @dataclass
@@ -167,13 +175,14 @@ class _Chain:
         )
 
     def gather(self, index: int, linear: nn.Module, plan: LayerPlan) -> Gram | None:
-        """E[x^T x] of the inputs of `linear` over all batches, where its plan needs it.
+        """Products of the inputs of `linear` over all batches, where its plan needs them.
 
         Padding that a batch's attention_mask drops does not count.
         """
         if not plan.config.needs_hessian:
             return None
-        gram, left, mask = Gram(plan), 0, None
+        tokens = self.times.get(linear, 0) * sum(num_tokens(batch) for batch in self.batches)
+        gram, left, mask = Gram(plan, tokens), 0, None
 
         def see(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             nonlocal left

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from arc_ao.calibration.input_gram import InputGram
 from arc_ao.calibration.observer import ARCObserver
 from arc_ao.calibration.shared_inputs import SharedInputs
 from arc_ao.config import ARCConfig
@@ -43,7 +44,7 @@ class CalibrationSession:
     sums_products: bool | None = None  # None: as the config needs
     observing: bool = True  # off while candidates are tried on the same inputs
     analyses: tuple[Any, list[Any]] | None = None  # what was last analysed, and its result
-    layer_weights: dict[str, float] | None = None  # group's first member -> worth of its errors
+    fisher: dict[str, Any] | None = None  # member name -> OutputFisher (calibration/fisher.py)
     mix: Any = None  # methods/mix.py: what each group gets, from its search to its plans
     choices: dict[str, dict[str, Any]] = field(default_factory=dict)  # the same, to be read
 
@@ -91,6 +92,13 @@ class CalibrationSession:
         """The observer that speaks for a group."""
         return observer_on(group[0].module)
 
+    def fisher_of(self, group: list[Member], channel_order: str) -> list[Any] | None:
+        """Of every linear of a group, for blocks formed in `channel_order`; None: not measured."""
+        if self.fisher is None:
+            return None
+        index = self.observer_of(group).channel_orders.index(channel_order)
+        return [self.fisher[member.name].of_order(index) for member in group]
+
     def spread_samples(self, tokens: int) -> None:
         """Before calibrating: let the rows that are kept be of all of so many tokens."""
         for member in self.members:
@@ -102,13 +110,13 @@ class CalibrationSession:
         rows = [r for r in found if r is not None]
         return torch.cat(rows) if rows else None
 
-    def gram_of(self, group: list[Member]) -> Tensor | None:
-        """E[x^T x] of the input of a group, handed over; None where nothing was summed."""
+    def gram_of(self, group: list[Member]) -> InputGram:
+        """The sum of the products of the input of a group, handed over."""
         first, *others = [observer_on(member.module).gram for member in group]
         for other in others:
             first.merge(other)
             other.take()
-        return first.take()
+        return first
 
     def leave(self, names: set[str]) -> None:
         """Let members go that are not to be quantized."""

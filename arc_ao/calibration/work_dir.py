@@ -27,11 +27,13 @@ from torchao.prototype.safetensors.safetensors_support import (
 )
 
 from arc_ao.calibration.data import Batch
+from arc_ao.methods.few_tokens import RoundingNote
 from arc_ao.tensor import ARCTensor
 
+ROUNDING = "arc_rounding"  # key in the metadata of a block
 FINGERPRINT, CALIBRATION = "fingerprint.json", "calibration.safetensors"
 TUNING = "tuning.safetensors"
-FORMAT = "1"  # raised whenever the same inputs give other bits
+FORMAT = "2"  # raised whenever the same inputs give other bits
 
 
 def fingerprint(
@@ -118,19 +120,26 @@ class WorkDir:
         loaded = self._load(CALIBRATION)
         return None if loaded is None else (loaded[0], json.loads(loaded[1]["measured"]))
 
-    def save_block(self, index: int, weights: dict[str, ARCTensor]) -> None:
-        """Keep the quantized weights of a finished block, by fully qualified name."""
+    def save_block(
+        self, index: int, weights: dict[str, ARCTensor], notes: dict[str, RoundingNote]
+    ) -> None:
+        """Keep the quantized weights of a finished block and how they were rounded, by fully
+        qualified name."""
         plain = {f"{name}.weight": w.to_layout("plain") for name, w in weights.items()}
         tensors, metadata = flatten_tensor_state_dict(plain)
-        self._save(_block_file(index), tensors, metadata)
+        described = {name: note.to_dict() for name, note in notes.items()}
+        self._save(_block_file(index), tensors, metadata | {ROUNDING: json.dumps(described)})
 
-    def load_block(self, index: int) -> dict[str, ARCTensor] | None:
-        """Weights of a block in the plain layout, or None where it is not finished."""
+    def load_block(self, index: int) -> tuple[dict[str, ARCTensor], dict[str, RoundingNote]] | None:
+        """What `save_block` kept, weights in the plain layout; None if it is not finished."""
         loaded = self._load(_block_file(index))
         if loaded is None:
             return None
-        weights, _ = unflatten_tensor_state_dict(*loaded)
-        return {name.removesuffix(".weight"): weight for name, weight in weights.items()}
+        tensors, metadata = loaded
+        described = json.loads(metadata.pop(ROUNDING))
+        weights, _ = unflatten_tensor_state_dict(tensors, metadata)
+        notes = {name: RoundingNote(**fields) for name, fields in described.items()}
+        return {name.removesuffix(".weight"): weight for name, weight in weights.items()}, notes
 
     def save_tuning(self, tensors: dict[str, Tensor], notes: Any) -> None:
         """Keep the state of a training run: tensors by name, and notes (JSON)."""

@@ -97,14 +97,14 @@ def output_divergence(
     if logits != is_logits(output):
         raise ValueError("output: expected the same kind as reference_output, got logits and not")
     reference, value = model_output(reference_output), model_output(output)
-    keep = _kept_tokens(value, attention_mask)
+    keep = kept_tokens(value, attention_mask)
     if logits and reference.shape[-1:] == value.shape[-1:] == (1,):
         reference, value = F.pad(reference, (1, 0)), F.pad(value, (1, 0))  # [..., 2]
     per_token = _kl_per_token if logits else _cosine_per_token
     return _mean_over_tokens(per_token, reference, value, keep=keep).item()
 
 
-def _kept_tokens(value: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+def kept_tokens(value: Tensor, attention_mask: Tensor | None) -> Tensor | None:
     """The mask as [B, S] booleans, or None where every token counts."""
     if attention_mask is None or (value.ndim == 2 and attention_mask.shape != value.shape[:1]):
         return None

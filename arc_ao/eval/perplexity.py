@@ -36,6 +36,9 @@ class TextMetrics:
     tokens: int  # tokens scored
     windows: int
     window: int  # tokens per window
+    top1_agreement: float | None = (
+        None  # share of tokens whose likeliest follower is the reference's
+    )
 
     def to_dict(self) -> dict[str, float | int | None]:
         """Plain dictionary."""
@@ -80,7 +83,7 @@ def evaluate_text(
         raise ValueError(f"text: expected at least 2 tokens, got {len(ids)}")
 
     batches = _window_batches(ids, window, batch_size)
-    nll = kl = 0.0
+    nll = kl = same = 0.0
     scored = sum(batch[:, 1:].numel() for batch in batches)
     with (
         evaluation_mode(model),
@@ -88,8 +91,8 @@ def evaluate_text(
         tqdm(total=scored, desc="perplexity", unit="tok", disable=not progress) as bar,
     ):
         for batch in batches:
-            batch_nll, batch_kl = _score(model, reference, batch)
-            nll, kl = nll + batch_nll, kl + batch_kl
+            batch_nll, batch_kl, batch_same = _score(model, reference, batch)
+            nll, kl, same = nll + batch_nll, kl + batch_kl, same + batch_same
             bar.update(batch[:, 1:].numel())
     return TextMetrics(
         perplexity=_exp(nll / scored),
@@ -100,6 +103,7 @@ def evaluate_text(
         tokens=scored,
         windows=sum(len(batch) for batch in batches),
         window=window,
+        top1_agreement=None if reference is None else same / scored,
     )
 
 
@@ -168,11 +172,14 @@ def _window_batches(ids: Tensor, window: int, batch_size: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _score(model: nn.Module, reference: nn.Module | None, ids: Tensor) -> tuple[float, float]:
-    """Summed loss and summed KL (0 without a reference), in nats, over ids [B, S] from token 1."""
+def _score(
+    model: nn.Module, reference: nn.Module | None, ids: Tensor
+) -> tuple[float, float, float]:
+    """Over ids [B, S] from token 1: summed loss, summed KL (both in nats), tokens where the same
+    one is likeliest; the latter two are 0 without a reference."""
     logits = _logits(model, ids)  # [B, S, V]
     reference_logits = None if reference is None else _logits(reference, ids)
-    nll = kl = 0.0
+    nll = kl = same = 0.0
     for row, targets in enumerate(ids[:, 1:].to(logits.device)):
         predicted = logits[row, :-1]  # [S - 1, V], a view
         chunk = max(1, CHUNK_ELEMENTS // predicted.shape[-1])
@@ -180,8 +187,11 @@ def _score(model: nn.Module, reference: nn.Module | None, ids: Tensor) -> tuple[
             losses = F.cross_entropy(rows.float(), row_targets, reduction="none")
             nll += losses.sum(dtype=torch.float64).item()
         if reference_logits is not None:
-            kl += kl_divergence(reference_logits[row, :-1], predicted).item() * len(targets)
-    return nll, kl
+            expected = reference_logits[row, :-1]
+            kl += kl_divergence(expected, predicted).item() * len(targets)
+            likeliest = expected.argmax(-1).to(predicted.device)
+            same += (predicted.argmax(-1) == likeliest).sum().item()
+    return nll, kl, same
 
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:

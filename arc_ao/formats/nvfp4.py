@@ -6,7 +6,8 @@ A tensor [..., K] is cut into blocks of 16 along K. Element, block and outer lev
 
     inv = 2688 / amax                 one IEEE division per token or tensor; 2688 = 6 * 448
     xs  = x * inv                     amax below 2^-116 counts as zero (inv = outer = 0)
-    s   = e4m3(amax_block(xs) * (1/6))          clamped to [2^-9, 448]: never 0, subnormals used
+    s   = e4m3(amax_block(xs) * (1/6))          clamped to [2^-9, 448]: never 0, subnormals used;
+                                      or one of its neighbours, see `quantize_blocks`
     q   = e2m1(xs * (1/s))                      nearest, ties to even code, saturating at 6
     r   = xs - q * s                            q * s is exact, so FMA contraction changes no bit
     outer = amax / 2688                         multiplies on dequantize
@@ -21,7 +22,7 @@ Blackwell reads (PTX ISA, tcgen05 block scaling; CUTLASS Sm1xxBlockScaledConfig)
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,14 @@ NVFP4_MAX = F4_E2M1_MAX * F8_E4M3_MAX  # 2688
 TINY_AMAX = 2.0**-116  # 2688 / TINY_AMAX is still finite in fp32
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E4M3_NAN = 0x7F
+E4M3_SMALLEST_CODE, E4M3_LARGEST_CODE = 0x01, 0x7E  # 2^-9 and 448
+BlockScale = Literal["amax", "four_over_six", "mse"]
+BLOCK_SCALES: tuple[str, ...] = get_args(BlockScale)
+# What "mse" tries for activations, in this order: e4m3 codes from that of amax/6. 4 to 6 map the
+# block's amax to about 4, where e2m1's steps are half as wide. Chosen by what each try gains: on the
+# inputs of a 135M-parameter Llama's linears these six remove 13.8 % of amax/6's squared error, all
+# from -4 to 8 remove 14.1 %, -2 to 5 13.9 %, these without 6 13.6 %, and four-over-six 7.7 %.
+CODE_OFFSETS = (0, -1, 1, 4, 5, 6)
 
 
 class QuantizedBlocks(NamedTuple):
@@ -133,22 +142,44 @@ def decode_blocks(codes: Tensor, scale: Tensor) -> Tensor:
     return decode_e2m1(codes) * scale.unsqueeze(-1)
 
 
-def quantize_blocks(blocks: Tensor, *, four_over_six: bool = False) -> QuantizedBlocks:
-    """Quantize outer-scaled blocks [..., K/16, 16] with amax scales, or four-over-six.
+def quantize_blocks(blocks: Tensor, *, method: BlockScale = "amax") -> QuantizedBlocks:
+    """Quantize outer-scaled blocks [..., K/16, 16] under scales chosen by `method`.
 
-    Four-over-six (arXiv 2512.02010) tries the scales that map the block's amax to 6 and to 4 and
-    keeps the second only where its squared error is strictly less.
+    amax            the scale that maps the block's amax to 6
+    four_over_six   that, or the one that maps it to 4 (arXiv 2512.02010)
+    mse             that, or one of the neighbours CODE_OFFSETS, clamped to 2^-9 .. 448
+
+    The first candidate of the least squared error wins: a later one only where its error is
+    strictly less, so that a block of NaN keeps the first.
     """
     scale = block_scale(blocks)
     codes = encode_blocks(blocks, scale)
-    if not four_over_six:
+    if method == "amax":
         return QuantizedBlocks(codes, scale)
-    wide_scale = block_scale(blocks, block_max=4.0)
-    wide_codes = encode_blocks(blocks, wide_scale)
-    wide = squared_error(blocks, wide_codes, wide_scale) < squared_error(blocks, codes, scale)
-    return QuantizedBlocks(
-        torch.where(wide.unsqueeze(-1), wide_codes, codes), torch.where(wide, wide_scale, scale)
-    )
+    least = squared_error(blocks, codes, scale)
+    for candidate in _later_candidates(blocks, scale, method):
+        tried = encode_blocks(blocks, candidate)
+        error = squared_error(blocks, tried, candidate)
+        better = error < least
+        codes = torch.where(better.unsqueeze(-1), tried, codes)
+        scale = torch.where(better, candidate, scale)
+        least = torch.where(better, error, least)
+    return QuantizedBlocks(codes, scale)
+
+
+def neighbour_scale(scale: Tensor, offset: int) -> Tensor:
+    """The e4m3 value `offset` codes from each of `scale` [..., K/16], within 2^-9 and 448."""
+    code = encode_e4m3(scale).short() + offset
+    return decode_e4m3(code.clamp_(E4M3_SMALLEST_CODE, E4M3_LARGEST_CODE).to(torch.uint8))
+
+
+def _later_candidates(blocks: Tensor, scale: Tensor, method: BlockScale) -> Iterator[Tensor]:
+    """Scales [..., K/16] that `method` tries after `scale`, that of amax/6."""
+    if method == "four_over_six":
+        yield block_scale(blocks, block_max=4.0)
+        return
+    for offset in CODE_OFFSETS[1:]:
+        yield neighbour_scale(scale, offset)
 
 
 def squared_error(blocks: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
@@ -162,14 +193,14 @@ def squared_error(blocks: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def quantize(
-    x: Tensor, *, amax: Tensor | None = None, four_over_six: bool = False
+    x: Tensor, *, amax: Tensor | None = None, method: BlockScale = "amax"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize x [..., K] with one outer scale per tensor.
 
     Args:
         x: floating point, any leading shape; K is padded with zeros to a multiple of 16.
         amax: fp32 [] that sets the outer scale, default the largest magnitude of `x`.
-        four_over_six: choose each block's scale between amax/6 and amax/4.
+        method: of choosing each block's scale, see `quantize_blocks`.
 
     Returns:
         qdata uint8 [..., K/2], scale uint8 [..., K/16] (e4m3 bits), outer scale fp32 [].
@@ -178,7 +209,7 @@ def quantize(
     if amax is None:
         amax = x.abs().amax() if x.numel() else x.new_zeros(())
     blocks = to_blocks(x * inverse_outer_scale(amax))
-    codes, scale = quantize_blocks(blocks, four_over_six=four_over_six)
+    codes, scale = quantize_blocks(blocks, method=method)
     return pack(codes.flatten(-2)), encode_e4m3(scale), outer_scale(amax)
 
 

@@ -34,6 +34,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
+from arc_ao.integrations.gguf import find_gguf, load_gguf
 from arc_ao.loading import loading_config, pack_weights_
 from arc_ao.summary import SUMMARY, arc_tensors
 from arc_ao.tensor import TRANSFORM_TENSORS, ARCTensor
@@ -181,12 +182,21 @@ def _check_saveable(model: nn.Module) -> None:
 def load_model(directory: str | Path, dtype: Any = "auto") -> tuple[PreTrainedModel, Any]:
     """Model of the architecture that config.json names, in evaluation mode, and its tokenizer.
 
+    Args:
+        directory: Hugging Face folder, GGUF file, or a folder with one (integrations/gguf.py).
+        dtype: of the parameters; "auto" is that of the checkpoint, and bfloat16 for GGUF files.
+
     Raises:
-        FileNotFoundError: no config.json in `directory`.
+        FileNotFoundError: neither config.json nor a GGUF file in `directory`. ValueError,
+            ImportError: see `load_gguf`.
     """
+    gguf = find_gguf(Path(directory))
+    if gguf is not None:
+        return load_gguf(gguf, dtype)
     if not (Path(directory) / "config.json").is_file():
         raise FileNotFoundError(
-            f"{directory}: expected a Hugging Face model directory, found no config.json"
+            f"{directory}: expected a Hugging Face model directory, found no config.json "
+            "and no GGUF file"
         )
     config = AutoConfig.from_pretrained(directory)
     architecture = (config.architectures or [""])[0]

@@ -8,8 +8,6 @@ with residuals of a activation and w weight blocks. With rounding "gptq", Q_w(W)
 kept rows that errors are not measured on, so that no row judges what it has fitted.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -21,7 +19,7 @@ from arc_ao.methods.gptq import prepare_rounding
 from arc_ao.methods.hessian import quantized
 from arc_ao.methods.plan import GroupAnalysis, plan_member
 from arc_ao.methods.select import Selected
-from arc_ao.methods.weights import LayerPlan, in_order
+from arc_ao.methods.weights import in_order, rows_of
 
 MEASURED_ROWS = 512  # input rows, and output rows of each linear, that errors are measured on
 MEASURED_EVERY = 4  # of the kept rows; GPTQ is fitted to the others
@@ -107,16 +105,9 @@ class GroupErrors:
         for i, (weight, rows) in enumerate(zip(self.weights, self.rows, strict=True)):
             plan = plan_member(self.analysis, i, selected, config)
             if gram is not None and rounding is None:
-                rounding = prepare_rounding(lambda: gram, plan, names)
+                rounding = prepare_rounding(lambda: gram, plan, names, len(self.fitted))
             tensor = quantized(weight, rows_of(plan, rows), rounding)
             difference = weight.float() - tensor.dequantize(torch.float32)
             error = (self.x.float() @ difference.t()).square().sum()
             found.append((error / self.energies[i]).item())
         return found
-
-
-def rows_of(plan: LayerPlan, rows: slice) -> LayerPlan:
-    """The plan of some output rows of its linear."""
-    branches = tuple(replace(b, up=b.up[rows]) for b in plan.prepared.branches)
-    scale = None if plan.scale is None else plan.scale[rows]
-    return replace(plan, scale=scale, prepared=replace(plan.prepared, branches=branches))

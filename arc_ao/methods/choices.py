@@ -1,6 +1,6 @@
 """The ways to quantize the linears behind one input: what each costs and what error it leaves.
 
-A variant settles what the input goes through (channel order, scales, branch, four-over-six); on top
+A variant settles what the input goes through (channel order, scales, branch, block scales); on top
 of it come residuals of the first activation and weight blocks by removed error. Some of the linears
 may stay unquantized, which leaves no error and takes their share of multiply-adds away. Errors are
 sums over the linears (choice_errors.py).

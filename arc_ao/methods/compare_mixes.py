@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from arc_ao.calibration.data import Batch
 from arc_ao.calibration.gram import Gram
@@ -18,6 +17,7 @@ from arc_ao.methods.choices import Menu, Option
 from arc_ao.methods.gptq import prepare_rounding
 from arc_ao.methods.plan import analyse_prepared, group_statistics, plan_member
 from arc_ao.methods.weights import LayerPlan
+from arc_ao.progress import SILENT, Progress
 from arc_ao.tensor import ARCTensor
 
 
@@ -50,7 +50,7 @@ def _tensors(
     if first.config.needs_hessian:
         gram = Gram(first)
         gram.add(menu.sample)
-        rounding = prepare_rounding(gram.take, first, names)
+        rounding = prepare_rounding(gram.take, first, names, gram.tokens)
     return [
         (m.module, quantized(m.module.weight.detach(), plans[m.name], rounding).packed())
         for m in menu.members
@@ -65,11 +65,11 @@ def divergences(
     mixes: list[list[Option]],
     batches: list[Batch | Tensor],
     *,
-    progress: bool = True,
+    progress: Progress = SILENT,
 ) -> Iterator[float]:
     """Mean divergence of the model's output under every mix, an option for each menu."""
     with evaluation_mode(model):
-        for picks in tqdm(mixes, desc="compare mixes", disable=not progress, leave=False):
+        for picks in progress.steps("compare mixes", mixes):
             made = [
                 pair
                 for menu, option in zip(menus, picks, strict=True)

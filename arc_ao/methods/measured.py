@@ -3,23 +3,29 @@
 from torch import Tensor
 from torchao.core.config import config_from_dict, config_to_dict
 
+from arc_ao.calibration.fisher import OutputFisher
 from arc_ao.calibration.session import CalibrationSession, observer_on
 from arc_ao.calibration.work_dir import WorkDir
 from arc_ao.methods.recipe import Trial
+
+FISHER_SUMS = ("token_square", "token_error", "output")
 
 
 def save_sessions(
     work: WorkDir, sessions: list[CalibrationSession], trials: list[list[Trial]]
 ) -> None:
-    """Keep the statistics, the layer weights and the trials of calibrated sessions."""
+    """Keep the statistics, the Fisher information and the trials of calibrated sessions."""
     measured = [
         {
-            "layer_weights": session.layer_weights,
+            "output_tokens": {name: f.count for name, f in (session.fisher or {}).items()},
             "trials": [(config_to_dict(t.config), t.divergence) for t in found],
         }
         for session, found in zip(sessions, trials, strict=True)
     ]
     tensors = {key: buffer for session in sessions for key, buffer in _buffers(session).items()}
+    for session in sessions:
+        for name, fisher in (session.fisher or {}).items():
+            tensors |= {f"{name}.{sums}": getattr(fisher, sums) for sums in FISHER_SUMS}
     work.save_calibration(tensors, measured)
 
 
@@ -30,9 +36,12 @@ def load_sessions(work: WorkDir, sessions: list[CalibrationSession]) -> list[lis
         return None
     tensors, measured = loaded
     for session, found in zip(sessions, measured, strict=True):
-        session.layer_weights = found["layer_weights"]
         for key, buffer in _buffers(session).items():
             buffer.copy_(tensors[key])
+        session.fisher = {
+            name: OutputFisher(**{f: tensors[f"{name}.{f}"] for f in FISHER_SUMS}, count=count)
+            for name, count in found["output_tokens"].items()
+        } or None
     return [
         [Trial(config_from_dict(config), divergence) for config, divergence in found["trials"]]
         for found in measured

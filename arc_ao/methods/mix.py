@@ -1,8 +1,8 @@
 """Which option each layer gets: the least error under both bounds, then the model's output decides.
 
 The knapsack adds up errors over layers, each relative to its layer's output times the layer's
-weight, once as measured (methods/sensitivity.py, a square root) and once squared. That is a model
-of the output's divergence, so that its answers and uniform choices (the same variant and the same
+weight, once as its Fisher information has it and once the square root. That is a model of the
+output's divergence, so that its answers and uniform choices (the same variant and the same
 shares of blocks for all layers) run through the model and the best measured one wins. Every
 candidate is quantized whole before it runs.
 """
@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from arc_ao.calibration.data import Batch
 from arc_ao.calibration.session import CalibrationSession
@@ -21,7 +20,9 @@ from arc_ao.cost import PLAIN_BITS
 from arc_ao.methods.choices import Menu, Option, make_menu, undominated
 from arc_ao.methods.compare_mixes import divergences, plans_of
 from arc_ao.methods.knapsack import Item, solve
+from arc_ao.methods.scores import group_worths
 from arc_ao.methods.weights import LayerPlan
+from arc_ao.progress import SILENT, Progress
 
 COMPARED_TOKENS = 8192  # on which mixes are compared; twice those of the recipe search
 UNIFORM_TRIED = 4
@@ -103,7 +104,7 @@ def _described(menu: Menu, option: Option, member: int) -> dict[str, Any]:
         "weight_blocks": option.weight_blocks,
         "rank": config.rank,
         "channel_order": config.channel_order,
-        "four_over_six": config.four_over_six,
+        "activation_block_scale": config.activation_block_scale,
     }
 
 
@@ -122,7 +123,7 @@ def search_mix(
     session: CalibrationSession,
     batches: list[Batch | Tensor],
     *,
-    progress: bool = True,
+    progress: Progress = SILENT,
 ) -> Search:
     """Measure the options of every input of a calibrated session, then mixes of them.
 
@@ -131,15 +132,14 @@ def search_mix(
         batches: on which the model's output is compared.
     """
     config, groups = session.config, session.groups()
-    bar = tqdm(groups, desc="measure choices", disable=not progress, leave=False)
-    menus = [make_menu(session, group, config) for group in bar]
-    known = session.layer_weights or {}
-    weights = [known.get(menu.members[0].name, 1.0) for menu in menus]
-    squares = [weight * weight for weight in weights]
+    steps = progress.steps("measure choices", groups)
+    menus = [make_menu(session, group, config) for group in steps]
+    weights = group_worths(session, groups)
+    roots = [math.sqrt(weight) for weight in weights]
     mixes = _distinct(
         [
             best_mix(menus, weights, config),
-            best_mix(menus, squares, config, "mix, squared weights"),
+            best_mix(menus, roots, config, "mix, roots of weights"),
             *uniform_mixes(menus, weights, config),
         ]
     )
@@ -201,9 +201,10 @@ def _by_share(menu: Menu) -> dict[tuple[str, float, float], Option]:
         if option.left:
             continue
         config, blocks = option.variant.config, len(option.variant.act_ranking)
-        wide = ", four over six" if config.four_over_six else ""
+        method = config.activation_block_scale
+        scales = "" if method == "amax" else f", {method} activation scales"
         rank = f" {config.rank}" if config.rank else ""
-        name = f"{option.variant.method}{rank}, order {config.channel_order}{wide}"
+        name = f"{option.variant.method}{rank}, order {config.channel_order}{scales}"
         key = name, f"{option.act_blocks / blocks:.3g}", f"{option.weight_blocks / blocks:.3g}"
         found[key] = option
     return found

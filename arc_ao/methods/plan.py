@@ -1,18 +1,23 @@
 """From statistics to plans: analyse every weight once, then plan any number of configs from it."""
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from arc_ao.calibration.fisher import ChannelFisher
 from arc_ao.calibration.observer import InputStatistics
 from arc_ao.calibration.session import CalibrationSession, Member
 from arc_ao.config import ARCConfig
 from arc_ao.formats import nvfp4
 from arc_ao.memory import release_memory
 from arc_ao.methods.prepare import Preparation, prepare, search_rows, transformed_statistics
+from arc_ao.methods.scores import (
+    fisher_errors,
+    output_energies,
+    relative_errors,
+    worth_of_errors,
+)
 from arc_ao.methods.select import GroupScores, Selected, select
 from arc_ao.methods.weights import (
     CHUNK_ELEMENTS,
@@ -22,6 +27,7 @@ from arc_ao.methods.weights import (
     in_order,
     quantize_weight,
 )
+from arc_ao.progress import SILENT, Progress
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class GroupAnalysis:
 
 
 def analyse_session(
-    session: CalibrationSession, config: ARCConfig, *, progress: bool = False
+    session: CalibrationSession, config: ARCConfig, *, progress: Progress = SILENT
 ) -> list[GroupAnalysis]:
     """Analyse the weights of a session under a resolved config.
 
@@ -56,30 +62,24 @@ def analyse_session(
     key = (config.channel_order, config.weight_scale, searched, seen)
     if session.analyses is None or session.analyses[0] != key:
         session.analyses = None  # freed before the next is made
-        bar = tqdm(groups, desc="analyse weights", disable=not progress, leave=False)
         made = [
             analyse_group(
-                group, group_statistics(session, group, config), config, session.sample_of(group)
+                group,
+                group_statistics(session, group, config),
+                config,
+                session.sample_of(group),
+                session.fisher_of(group, config.channel_order),
             )
-            for group in bar
+            for group in progress.steps("analyse weights", groups)
         ]
         session.analyses = (key, made)
         release_memory()
     return session.analyses[1]
 
 
-def make_plans(
-    analyses: list[GroupAnalysis],
-    config: ARCConfig,
-    layer_weights: dict[str, float] | None = None,
-) -> dict[str, LayerPlan]:
-    """Plan of every linear, by name, under a resolved config.
-
-    Args:
-        layer_weights: name of a group's first linear -> worth of an error there, default 1.
-    """
-    scores = [_weighted(a.scores, layer_weights or {}) for a in analyses]
-    selected = select(scores, config)
+def make_plans(analyses: list[GroupAnalysis], config: ARCConfig) -> dict[str, LayerPlan]:
+    """Plan of every linear, by name, under a resolved config."""
+    selected = select([analysis.scores for analysis in analyses], config)
     return {
         member.name: plan_member(analysis, index, choice, config)
         for analysis, choice in zip(analyses, selected, strict=True)
@@ -119,11 +119,14 @@ def analyse_group(
     statistics: InputStatistics | None,
     config: ARCConfig,
     sample: Tensor | None = None,
+    fisher: list[ChannelFisher] | None = None,
 ) -> GroupAnalysis:
     """Analyse the linears that read one input; without statistics only their weights matter.
 
     Args:
         sample: rows [M, K] of the input, where config.sample_tokens asks for them.
+        fisher: of every linear: errors are then divergences of the model's output per token,
+            without it relative to the energy of the linear's output.
 
     Raises:
         ValueError: statistics without such rows, or in_features that no rotation fits, naming the
@@ -145,7 +148,7 @@ def analyse_group(
         )
 
     prepared = prepare(weights, statistics, sample, config, error)
-    return analyse_prepared(members, statistics, config, sample, prepared)
+    return analyse_prepared(members, statistics, config, sample, prepared, fisher)
 
 
 def check_rotation(member: Member, config: ARCConfig) -> None:
@@ -167,6 +170,7 @@ def analyse_prepared(
     config: ARCConfig,
     sample: Tensor | None,
     prepared: Preparation,
+    fisher: list[ChannelFisher] | None = None,
 ) -> GroupAnalysis:
     """Analyse what is left of the weights after a preparation."""
     amax = torch.stack([_prepared_amax(m, prepared, i) for i, m in enumerate(members)]).amax()
@@ -178,26 +182,33 @@ def analyse_prepared(
         mean_square = in_order(statistics.mean_square, order)
         mean_error = in_order(statistics.mean_error, order)
         act_amax = in_order(statistics.amax, order)
+    exact = fisher is not None and prepared.is_trivial  # by channel, of the input as it is
     weights = [
         analyse_weight(
-            member.module.weight, amax, config, order, mean_square, prepared.of_member(index)
+            member.module.weight,
+            amax,
+            config,
+            order,
+            mean_square,
+            prepared.of_member(index),
+            fisher[index].output if exact else None,
         )
         for index, member in enumerate(members)
     ]
     ranked = act_amax
     if statistics is not None and config.smooth == "flatten":
         ranked = in_order(saliency.amax, order)  # flattening made all channels alike
-    energies = _output_energies(members, saliency) if prepared.branches else None
-    scores = _scores(members, weights, mean_square, mean_error, ranked, energies)
+    errors = None
+    if exact:
+        errors = fisher_errors(weights, fisher, order)
+    elif statistics is not None:
+        energies = output_energies(members, saliency.mean_square) if prepared.branches else None
+        worths = None if fisher is None else worth_of_errors([m.module for m in members], fisher)
+        errors = relative_errors(weights, mean_square, mean_error, energies, worths)
+    scores = _scores(members, weights, errors, ranked)
     return GroupAnalysis(
         members, order, amax, weights, scores, mean_square, mean_error, act_amax, prepared
     )
-
-
-def _output_energies(members: list[Member], statistics: InputStatistics) -> list[Tensor]:
-    """Energy of each linear's output per token, its low-rank branch included."""
-    squares = [member.module.weight.detach().float().square().sum(0) for member in members]
-    return [(statistics.mean_square * square).sum() for square in squares]
 
 
 def _prepared_amax(member: Member, prepared: Preparation, index: int) -> Tensor:
@@ -230,24 +241,12 @@ def _output_error(analysis: GroupAnalysis, x: Tensor, config: ARCConfig) -> floa
 def _scores(
     members: list[Member],
     weights: list[WeightAnalysis],
-    mean_square: Tensor | None,
-    mean_error: Tensor | None,
+    errors: tuple[Tensor, Tensor] | None,
     act_amax: Tensor | None,
-    output_energies: list[Tensor] | None = None,
 ) -> GroupScores:
-    """Removed error per channel, summed over the members relative to their output energies, by
-    default those of the weights that were analysed."""
+    """Removed errors per channel of a group; zeros where nothing was observed."""
     zeros = torch.zeros_like(weights[0].column_energy)
-    act_score, weight_score = zeros, zeros
-    if mean_square is not None:
-        for i, weight in enumerate(weights):
-            if output_energies is None:
-                energy = (mean_square * (weight.column_energy + weight.column_error)).sum()
-            else:
-                energy = output_energies[i]
-            output_energy = energy.clamp(min=torch.finfo(torch.float32).tiny)
-            act_score = act_score + mean_error * weight.column_energy / output_energy
-            weight_score = weight_score + mean_square * weight.column_error / output_energy
+    act_score, weight_score = (zeros, zeros) if errors is None else errors
     return GroupScores(
         names=[member.name for member in members],
         out_features=sum(member.module.out_features for member in members),
@@ -255,13 +254,6 @@ def _scores(
         act_score=act_score,
         weight_score=weight_score,
         amax=zeros if act_amax is None else act_amax,
-    )
-
-
-def _weighted(scores: GroupScores, layer_weights: dict[str, float]) -> GroupScores:
-    weight = layer_weights.get(scores.names[0], 1.0)
-    return dataclasses.replace(
-        scores, act_score=scores.act_score * weight, weight_score=scores.weight_score * weight
     )
 
 

@@ -13,7 +13,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from arc_ao.calibration.observer import InputStatistics, plain_error, sorted_order
+from arc_ao.calibration.observer import (
+    InputStatistics,
+    channel_errors,
+    from_order,
+    sorted_order,
+)
 from arc_ao.calibration.residual_gram import residual_gram
 from arc_ao.config import ARCConfig
 from arc_ao.formats import nvfp4
@@ -261,5 +266,6 @@ def transformed_statistics(
     error = torch.zeros_like(amax)
     if config.has_residuals:  # what is chosen by it
         for some in rows.split(CHUNK_ROWS):
-            error += plain_error(some, order).sum(0) / rows.shape[0]
+            ((squared, _),) = channel_errors(some, [order])
+            error += from_order(squared.sum(0), order) / rows.shape[0]
     return InputStatistics(amax, mean_square, error, order)

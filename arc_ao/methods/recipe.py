@@ -1,51 +1,58 @@
 """Measure what a model wants: `ARCConfig()` tries candidates and the model's output decides.
 
-For every candidate the calibration tokens run through the model with each linear quantized just
-before it is used, rounded to nearest, and restored right after, so that trying costs the memory of
-one layer. The divergence of the output from the unquantized model (mean KL per token for logits,
+For every candidate calibration tokens run through the model with each linear quantized just before
+it is used, rounded to nearest, and restored right after, so that trying costs the memory of one
+layer. The divergence of the output from the unquantized model (mean KL per token for logits,
 1 - cosine for hidden states) ranks the candidates; among those within 5 % of the best, the one
 that costs least at run time wins.
+
+The values of one field run on a quarter of the batches first, and the better half of them on the
+others (successive halving, arXiv 1502.07943), compared on the same tokens. The unquantized model's
+output is computed anew with every batch: kept, it would take the memory of the logits of all.
 """
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from arc_ao.calibration.data import Batch, num_tokens
 from arc_ao.calibration.session import CalibrationSession
-from arc_ao.config import ARCConfig
+from arc_ao.config import SEARCHED_FIELDS, ARCConfig
 from arc_ao.eval.divergence import output_divergence
 from arc_ao.inference import evaluation_mode, run_model
 from arc_ao.memory import release_memory
 from arc_ao.methods.plan import analyse_session, make_plans
 from arc_ao.methods.weights import LayerPlan, quantize_weight
+from arc_ao.progress import SILENT, Progress
 
 ROUNDS: dict[str, tuple[Any, ...]] = {
     "channel_order": ("none", "amax"),
+    "activation_block_scale": ("amax", "mse"),
     "exchange_rate": (0.0, 0.3, 1.0, 3.0, "inf"),
     "granularity": ("block", "channel"),
-    "four_over_six": (False, True),
 }
+# Where errors of both kinds are in the same units, by their Fisher information.
+FISHER_RATES = (0.3, 1.0, 3.0)
 SEARCH_TOKENS = 4096
 SEARCH_BATCHES = 16  # weights are quantized anew for every batch and candidate
 EQUAL_WITHIN = 1.05
-# Run-time cost, by which equals are ranked: nothing, a gather of the residuals, a second
-# quantization of every block, a gather of the whole input.
-RUN_TIME_COST = {"channel": 1, "four_over_six": 2, "amax": 4}
+# Run-time cost, by which equals are ranked: nothing, a gather of the residuals, a search
+# of every block's scale, a gather of the whole input.
+RUN_TIME_COST = {"channel": 1, "block_scale": 2, "amax": 4}
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate and the divergence it measured."""
+    """One candidate and the divergence it measured, on how many batches."""
 
     config: ARCConfig
     divergence: float
+    batches: int = 1
 
     @property
     def cost(self) -> int:
@@ -54,13 +61,13 @@ class Trial:
         return (
             RUN_TIME_COST["amax"] * (c.channel_order == "amax")
             + RUN_TIME_COST["channel"] * (c.granularity == "channel")
-            + RUN_TIME_COST["four_over_six"] * bool(c.four_over_six)
+            + RUN_TIME_COST["block_scale"] * (c.activation_block_scale != "amax")
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Searched fields and divergence."""
-        names = ("channel_order", "granularity", "exchange_rate", "four_over_six")
-        return {n: getattr(self.config, n) for n in names} | {"divergence": self.divergence}
+        """Searched fields, divergence and number of batches."""
+        fields = {name: getattr(self.config, name) for name in SEARCHED_FIELDS}
+        return fields | {"divergence": self.divergence, "batches": self.batches}
 
 
 def search_recipe(
@@ -68,26 +75,67 @@ def search_recipe(
     session: CalibrationSession,
     batches: list[Batch | Tensor],
     *,
-    progress: bool = True,
+    progress: Progress = SILENT,
 ) -> list[Trial]:
     """Try values for the None fields of a calibrated session's config; the winner comes first.
 
     One field after the other, each on the winner so far.
     """
+    batches = search_batches(batches)
     observing, session.observing = session.observing, False
     try:
-        search = _Search(model, session, search_batches(batches), progress)
-        searched = session.config.searched
-        trials = search.measure([session.config.resolve()])
-        for field, values in ROUNDS.items():
-            winner = best(trials).config
-            if field in searched and _matters(field, winner):
-                tried = [v for v in values if v != getattr(winner, field)]
-                trials += search.measure([dataclasses.replace(winner, **{field: v}) for v in tried])
+        with progress.stage("try recipes") as advance:
+            step = 1 / expected_runs(session.config, len(batches))
+            runs = _Runs(model, session, batches, lambda: advance(step))
+            trials = _search(runs, session.config)
     finally:
         session.observing = observing
     winner = best(trials)
     return [winner, *sorted((t for t in trials if t is not winner), key=lambda t: t.divergence)]
+
+
+def _search(runs: "_Runs", config: ARCConfig) -> list[Trial]:
+    trials = halve(runs, [config.resolve()])
+    for field in ROUNDS:
+        winner = best(trials).config
+        if field in config.searched and _matters(field, winner):
+            tried = [v for v in _values(field, config) if v != getattr(winner, field)]
+            trials += halve(runs, [dataclasses.replace(winner, **{field: v}) for v in tried])
+    return trials
+
+
+def _values(field: str, config: ARCConfig) -> tuple[Any, ...]:
+    """What is tried of a field."""
+    if field == "exchange_rate" and config.weighs_layers:
+        return FISHER_RATES
+    return ROUNDS[field]
+
+
+def halve(runs: "_Runs", configs: list[ARCConfig]) -> list[Trial]:
+    """Trials of every config: on the first batches, and for the better half on all.
+
+    The configs share their channel order.
+    """
+    few = first_batches(runs.count)
+    firsts = runs.measure(configs, few)
+    kept = sorted(firsts, key=lambda trial: trial.divergence)[: -(-len(firsts) // 2)]
+    dropped = [trial for trial in firsts if trial not in kept]
+    return runs.measure([trial.config for trial in kept], runs.count) + dropped
+
+
+def first_batches(count: int) -> int:
+    """How many of `count` batches every candidate runs on."""
+    return max(1, count // 4)
+
+
+def expected_runs(config: ARCConfig, count: int) -> int:
+    """Forwards of candidates, for `count` batches each, that a search makes at most."""
+    runs = count
+    for field in config.searched:
+        candidates = len(_values(field, config)) - 1
+        kept = -(-candidates // 2)
+        runs += candidates * first_batches(count) + kept * (count - first_batches(count))
+    return runs
 
 
 def _matters(field: str, config: ARCConfig) -> bool:
@@ -98,49 +146,69 @@ def _matters(field: str, config: ARCConfig) -> bool:
 
 
 def best(trials: list[Trial]) -> Trial:
-    """Least run-time cost among the trials within 5 % of the least divergence."""
-    least = min(trial.divergence for trial in trials)
-    equals = [t for t in trials if t.divergence <= least * EQUAL_WITHIN] or trials
+    """Least run-time cost among the trials within 5 % of the least divergence.
+
+    Of those alone that ran on the most batches.
+    """
+    most = max(trial.batches for trial in trials)
+    full = [trial for trial in trials if trial.batches == most]
+    least = min(trial.divergence for trial in full)
+    equals = [t for t in full if t.divergence <= least * EQUAL_WITHIN] or full
     return min(equals, key=lambda t: (t.cost, t.divergence))
 
 
-class _Search:
-    """Measures candidates on one set of batches; those of one call share their channel order."""
+class _Runs:
+    """Divergences of candidates on batches, each measured when it is first asked for.
+
+    Args:
+        advance: called after every run.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         session: CalibrationSession,
         batches: list[Batch | Tensor],
-        progress: bool,
+        advance: Callable[[], None],
     ) -> None:
-        self.model, self.session, self.batches = model, session, batches
-        self.progress = progress
+        self.model, self.session, self.batches, self.advance = model, session, batches, advance
+        self.found: dict[str, list[float]] = {}  # by config: of the first batches
 
-    def measure(self, configs: list[ARCConfig]) -> list[Trial]:
-        """Mean divergence of every config over the batches."""
-        sums = [0.0] * len(configs)
+    @property
+    def count(self) -> int:
+        """Number of batches."""
+        return len(self.batches)
+
+    def measure(self, configs: list[ARCConfig], count: int) -> list[Trial]:
+        """Mean divergence of every config over the first `count` batches."""
+        found = [self.found.setdefault(repr(config), []) for config in configs]
         plans = [self._plans(config) for config in configs]
-        total = len(self.batches) * len(configs)
-        bar = tqdm(total=total, desc="try recipes", disable=not self.progress, leave=False)
-        with bar, evaluation_mode(self.model):
-            for batch in self.batches:
-                reference = run_model(self.model, batch)
-                mask = batch.get("attention_mask") if isinstance(batch, dict) else None
-                for i, plan in enumerate(plans):
-                    with quantized_on_the_fly(self.session, plan):
-                        output = run_model(self.model, batch)
-                    sums[i] += output_divergence(reference, output, mask)
-                    release_memory()
-                    bar.update()
+        with evaluation_mode(self.model):
+            for i, batch in enumerate(self.batches[:count]):
+                missing = [k for k, measured in enumerate(found) if len(measured) <= i]
+                if missing:
+                    divergences = self._divergences([plans[k] for k in missing], batch)
+                    for k, divergence in zip(missing, divergences, strict=True):
+                        found[k].append(divergence)
         return [
-            Trial(config, total / len(self.batches))
-            for config, total in zip(configs, sums, strict=True)
+            Trial(config, sum(measured[:count]) / count, count)
+            for config, measured in zip(configs, found, strict=True)
         ]
 
+    def _divergences(
+        self, plans: list[dict[str, LayerPlan]], batch: Batch | Tensor
+    ) -> Iterator[float]:
+        reference = run_model(self.model, batch)
+        mask = batch.get("attention_mask") if isinstance(batch, dict) else None
+        for plan in plans:
+            with quantized_on_the_fly(self.session, plan):
+                output = run_model(self.model, batch)
+            yield output_divergence(reference, output, mask)
+            release_memory()
+            self.advance()
+
     def _plans(self, config: ARCConfig) -> dict[str, LayerPlan]:
-        analyses = analyse_session(self.session, config, progress=self.progress)
-        return make_plans(analyses, config, self.session.layer_weights)
+        return make_plans(analyse_session(self.session, config), config)
 
 
 @contextmanager

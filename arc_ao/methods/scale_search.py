@@ -18,7 +18,6 @@ from arc_ao.config import WeightScale
 from arc_ao.formats import nvfp4
 
 CODE_OFFSETS = sorted(range(-6, 7), key=abs)
-SMALLEST_CODE, LARGEST_CODE = 1, 0x7E  # 2^-9 and 448
 
 
 def choose_scales(blocks: Tensor, method: WeightScale, importance: Tensor | None = None) -> Tensor:
@@ -36,18 +35,17 @@ def choose_scales(blocks: Tensor, method: WeightScale, importance: Tensor | None
     if method == "amax":
         return nvfp4.block_scale(blocks)
     if method == "four_over_six":
-        return nvfp4.quantize_blocks(blocks, four_over_six=True).scale
+        return nvfp4.quantize_blocks(blocks, method="four_over_six").scale
     if method == "mse" and importance is not None and importance.dim() == 3:
         importance = importance.diagonal(dim1=1, dim2=2)
     return _search(blocks, importance)
 
 
 def _search(blocks: Tensor, importance: Tensor | None) -> Tensor:
-    base = nvfp4.encode_e4m3(nvfp4.block_scale(blocks)).short()  # [N, K/16]
+    base = nvfp4.block_scale(blocks)  # [N, K/16]
     best_scale, best_error = None, None
     for offset in CODE_OFFSETS:
-        code = (base + offset).clamp_(SMALLEST_CODE, LARGEST_CODE)
-        scale = nvfp4.decode_e4m3(code.to(torch.uint8))
+        scale = nvfp4.neighbour_scale(base, offset)
         error = nvfp4.decode_blocks(nvfp4.encode_blocks(blocks, scale), scale).sub_(blocks)
         total = _weighted(error, importance)  # [N, K/16]
         if best_error is None:

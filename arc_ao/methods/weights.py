@@ -1,6 +1,6 @@
 """Weights to NVFP4: block scales and error energies first, codes and residuals when decided."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ class WeightAnalysis:
     """What quantizing a weight [N, K] to plain NVFP4 keeps and loses, per column in plan order."""
 
     scale: Tensor  # uint8 [N, K/16], e4m3 bits of the chosen block scales
-    column_energy: Tensor  # fp32 [K16], sum over n of Q(w)^2
-    column_error: Tensor  # fp32 [K16], sum over n of (w - Q(w))^2
+    column_energy: Tensor  # fp32 [K16], sum over n of Q(w)^2 (times the worth of output n)
+    column_error: Tensor  # fp32 [K16], sum over n of (w - Q(w))^2 (likewise)
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,13 @@ class LayerPlan:
     prepared: Preparation = UNTOUCHED
 
 
+def rows_of(plan: LayerPlan, rows: slice) -> LayerPlan:
+    """The plan of some output rows of its linear."""
+    branches = tuple(replace(b, up=b.up[rows]) for b in plan.prepared.branches)
+    scale = None if plan.scale is None else plan.scale[rows]
+    return replace(plan, scale=scale, prepared=replace(plan.prepared, branches=branches))
+
+
 def _num_blocks(weight: Tensor) -> int:
     return -(-weight.shape[1] // nvfp4.BLOCK_SIZE)
 
@@ -57,6 +64,7 @@ def analyse_weight(
     order: Tensor | None = None,
     mean_square: Tensor | None = None,
     prepared: Preparation = UNTOUCHED,
+    worth: Tensor | None = None,
 ) -> WeightAnalysis:
     """Choose the block scales of weight [N, K] and measure the error they leave.
 
@@ -66,6 +74,7 @@ def analyse_weight(
         order: int32 [K] or None.
         mean_square: fp32 [K16] in plan order, E[x^2] of the calibration data, or None.
         prepared: what the weight goes through first.
+        worth: fp32 [N], of the energy of each output; None: 1.
     """
     inverse = nvfp4.inverse_outer_scale(amax)
     outer = nvfp4.outer_scale(amax)
@@ -76,8 +85,9 @@ def analyse_weight(
         blocks = nvfp4.to_blocks(in_order(prepared.residual(weight, rows), order) * inverse)
         scale = choose_scales(blocks, config.weight_scale, importance)
         values = nvfp4.decode_blocks(nvfp4.encode_blocks(blocks, scale), scale)
-        energy = energy + (values.flatten(1) * outer).square_().sum(0)
-        error = error + (values.sub_(blocks).flatten(1) * outer).square_().sum(0)
+        ones = values.new_ones(values.shape[0]) if worth is None else worth[rows]
+        energy = energy + ones @ (values.flatten(1) * outer).square_()
+        error = error + ones @ (values.sub_(blocks).flatten(1) * outer).square_()
         scales[rows] = nvfp4.encode_e4m3(scale)
     return WeightAnalysis(scales, energy, error)
 
@@ -114,7 +124,7 @@ def assemble(weight: Tensor, plan: LayerPlan, qdata: Tensor, scale: Tensor) -> A
         weight.shape[1],
         weight.dtype,
         plan.config.activation_scale,
-        plan.config.four_over_six,
+        plan.config.activation_block_scale,
         channel_order=plan.channel_order,
         act_channels=plan.act_channels,
         act_outer_scale=plan.act_outer_scale,

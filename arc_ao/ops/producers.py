@@ -186,8 +186,9 @@ def check_norm(x: Tensor, weight: Tensor, op: str) -> None:
 def _fake(op: str, x: Tensor, augmentation: tuple) -> tuple[Tensor, Tensor, Tensor]:
     act_blocks, weight_blocks, outer_scale, scale_mode, *rest = augmentation
     act_channels = rest[1] if len(rest) > 1 else None
+    block_scale = rest[2] if len(rest) > 2 else "amax"
     scale_layout = rest[4] if len(rest) > 4 else "plain"
-    check_augmentation(x, outer_scale, scale_mode, act_channels, scale_layout, op)
+    check_augmentation(x, outer_scale, scale_mode, act_channels, block_scale, scale_layout, op)
     return augmented_shapes(x, act_blocks, weight_blocks, scale_mode, act_channels, scale_layout)
 
 

@@ -22,8 +22,8 @@ from arc_ao.ops.registry import define
 # The arguments that the fused producers share, in this order.
 AUGMENTATION = (
     "Tensor act_blocks, Tensor weight_blocks, Tensor? outer_scale, str scale_mode, "
-    "Tensor? channel_order=None, Tensor? act_channels=None, bool four_over_six=False, "
-    'str plan="", str scale_layout="plain"'
+    "Tensor? channel_order=None, Tensor? act_channels=None, "
+    'str block_scale="amax", str plan="", str scale_layout="plain"'
 )
 SCALE_MODES = ("token", "tensor", "static")
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -38,7 +38,7 @@ def quant_augment_eager(
     scale_mode: str,
     channel_order: Tensor | None = None,
     act_channels: Tensor | None = None,
-    four_over_six: bool = False,
+    block_scale: str = "amax",
     plan: str = "",
     scale_layout: str = "plain",
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,7 +53,8 @@ def quant_augment_eager(
         channel_order: int32 [K], permutation applied to the channels first.
         act_channels: int32 [multiple of 16], channels (after the permutation) whose residuals are
             gathered into blocks of their own.
-        four_over_six: choose each block's scale between amax/6 and amax/4.
+        block_scale: how each block's scale is chosen: "amax", "four_over_six" or "mse" (see
+            `nvfp4.quantize_blocks`).
         plan: digest of all arguments but x, or "". It changes nothing here: graph passes, which do
             not see the values of tensors, take calls of equal digests for equal calls.
         scale_layout: "plain", or "swizzled" for weights in that layout (see ops/layout.py).
@@ -63,10 +64,10 @@ def quant_augment_eager(
         with M the product of the leading dimensions of x; qdata and scale padded where swizzled.
 
     Raises:
-        RuntimeError: unknown scale_mode or scale_layout, x of another dtype, outer_scale missing,
-            unexpected or of another shape, act_channels not a multiple of 16.
+        RuntimeError: unknown scale_mode, block_scale or scale_layout, x of another dtype,
+            outer_scale missing, unexpected or of another shape, act_channels not a multiple of 16.
     """
-    check_augmentation(x, outer_scale, scale_mode, act_channels, scale_layout)
+    check_augmentation(x, outer_scale, scale_mode, act_channels, block_scale, scale_layout)
     rows = x.reshape(-1, x.shape[-1])  # [M, K]
     inverse, outer = _outer_scales(rows, outer_scale, scale_mode)
     blocks = _augmented_blocks(x, act_blocks, weight_blocks, act_channels)
@@ -77,7 +78,7 @@ def quant_augment_eager(
         if channel_order is not None:
             scaled = scaled.index_select(1, channel_order)
         scaled = scaled * (inverse[some] if scale_mode == "token" else inverse)
-        parts = _parts(scaled, act_blocks, weight_blocks, act_channels, four_over_six)
+        parts = _parts(scaled, act_blocks, weight_blocks, act_channels, block_scale)
         qdata[some] = nvfp4.pack(torch.cat([part.codes for part in parts], dim=1).flatten(1))
         scale[some] = nvfp4.encode_e4m3(torch.cat([part.scale for part in parts], dim=1))
     if scale_layout == "swizzled":
@@ -93,11 +94,11 @@ def _quant_augment_fake(
     scale_mode,
     channel_order=None,
     act_channels=None,
-    four_over_six=False,
+    block_scale="amax",
     plan="",
     scale_layout="plain",
 ):
-    check_augmentation(x, outer_scale, scale_mode, act_channels, scale_layout)
+    check_augmentation(x, outer_scale, scale_mode, act_channels, block_scale, scale_layout)
     return augmented_shapes(x, act_blocks, weight_blocks, scale_mode, act_channels, scale_layout)
 
 
@@ -128,6 +129,7 @@ def check_augmentation(
     outer_scale: Tensor | None,
     scale_mode: str,
     act_channels: Tensor | None,
+    block_scale: str = "amax",
     scale_layout: str = "plain",
     op: str = "quant_augment",
 ) -> None:
@@ -137,6 +139,10 @@ def check_augmentation(
     check(
         scale_mode in SCALE_MODES,
         f"{op}: scale_mode must be one of {SCALE_MODES}, got {scale_mode!r}",
+    )
+    check(
+        block_scale in nvfp4.BLOCK_SCALES,
+        f"{op}: block_scale must be one of {nvfp4.BLOCK_SCALES}, got {block_scale!r}",
     )
     check(
         scale_layout in SCALE_LAYOUTS,
@@ -173,16 +179,16 @@ def _parts(
     act_blocks: Tensor,
     weight_blocks: Tensor,
     act_channels: Tensor | None,
-    four_over_six: bool,
+    block_scale: str,
 ) -> list[nvfp4.QuantizedBlocks]:
     """The quantized parts of A_aug, from rows [m, K] that the outer scale has been applied to."""
     blocks = nvfp4.to_blocks(scaled)  # [m, K/16, 16]
-    base = nvfp4.quantize_blocks(blocks, four_over_six=four_over_six)
+    base = nvfp4.quantize_blocks(blocks, method=block_scale)
     parts = [base]
     if act_blocks.numel() or act_channels is not None:
         residual = blocks - nvfp4.decode_blocks(base.codes, base.scale)
         for gathered in _gather(residual, act_blocks, act_channels):
-            parts.append(nvfp4.quantize_blocks(gathered, four_over_six=four_over_six))
+            parts.append(nvfp4.quantize_blocks(gathered, method=block_scale))
     repeated = (part.index_select(1, weight_blocks) for part in base)
     return [*parts, nvfp4.QuantizedBlocks(*repeated)]
 

@@ -30,8 +30,9 @@ from torchao.quantization.pt2e.quantizer import (
 from arc_ao.calibration.observer import ARCObserver
 from arc_ao.calibration.session import Member
 from arc_ao.config import ARCConfig
-from arc_ao.methods.hessian import quantize_group, taken
-from arc_ao.methods.plan import analyse_group, make_plans
+from arc_ao.methods.few_tokens import RoundingNote, warn_of_few_tokens
+from arc_ao.methods.hessian import quantize_group
+from arc_ao.methods.plan import GroupAnalysis, analyse_group, make_plans
 from arc_ao.methods.weights import LayerPlan
 from arc_ao.passes.graph_linears import GraphLinear, match_linear, other_readers
 from arc_ao.passes.rewrite_linear import rewrite_linears
@@ -72,9 +73,8 @@ class GraphObserver(ObserverBase):
         linears = _linears_behind(gm, observer_node)
         names = [linear.name for linear in linears]
         weights, plans = [li.as_module(gm).weight for li in linears], [self.plans[n] for n in names]
-        take = lambda: taken(self.statistics.gram.take, plans[0])
-        quantized = quantize_group(weights, plans, names, take)
-        tensors = {name: t.packed() for name, t in zip(names, quantized, strict=True)}
+        rounded = quantize_group(weights, plans, names, self.statistics.gram)
+        tensors = {name: r.tensor.packed() for name, r in zip(names, rounded, strict=True)}
         rewrite_linears(gm, observer_node, linears, tensors)
 
 
@@ -92,7 +92,7 @@ class ARCQuantizer(Quantizer):
         skipped: linears left alone, by name, and why.
 
     Raises:
-        ValueError: a config whose layers differ by what is measured.
+        ValueError: a config whose layers differ by what is measured, or one that trains.
     """
 
     def __init__(self, config: ARCConfig | None = None, filter_fn: NameFilter | None = None):
@@ -102,6 +102,11 @@ class ARCQuantizer(Quantizer):
             raise ValueError(
                 f"ARCQuantizer: expected a config that is the same for all layers, found "
                 f"{type(config).__name__}; use arc_ao.quantize_ before torch.export"
+            )
+        if config.tunes:
+            raise ValueError(
+                "ARCQuantizer: expected a recipe that needs no training, found 'tuned'; take "
+                "recipe='best', or use arc_ao.quantize_ before torch.export"
             )
         self.config = config.resolve()
         self.filter_fn = filter_fn
@@ -211,6 +216,21 @@ def _plan_graph(gm: GraphModule, config: ARCConfig) -> None:
         sample = observer.statistics.sample.rows()
         analyses.append(analyse_group(members, statistics, config, sample))
         observers.append(observer)
+    if config.rounding == "gptq":
+        warn_of_few_tokens(_notes(analyses, observers), judged=False)
     plans = make_plans(analyses, config)
     for observer in observers:
         observer.plans = plans
+
+
+def _notes(
+    analyses: list[GroupAnalysis], observers: list[GraphObserver]
+) -> dict[str, RoundingNote]:
+    """What GPTQ has for every linear."""
+    return {
+        member.name: RoundingNote(
+            "gptq", None, observer.statistics.gram.count, member.module.in_features
+        )
+        for analysis, observer in zip(analyses, observers, strict=True)
+        for member in analysis.members
+    }

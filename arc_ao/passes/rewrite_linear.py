@@ -90,7 +90,7 @@ def _quantize(
             tensor.activation_scale,
             ids["channel_order"],
             ids["act_channels"],
-            tensor.four_over_six,
+            tensor.activation_block_scale,
             tensor.input_plan,
             scale_layout_for(tensor.weight_layout),
         ),

@@ -13,6 +13,9 @@ constexpr int64_t kPanelBlockBytes = kPanel * kBlockBytes;
 
 enum class DType { kFloat, kHalf, kBFloat16 };
 
+// How a block's scale is chosen: nvfp4.quantize_blocks.
+enum class BlockScale { kAmax, kFourOverSix, kMse };
+
 inline int64_t size_of(DType dtype) { return dtype == DType::kFloat ? 4 : 2; }
 
 // Activations as the dot products read them, in groups of rows that go over the weights together.
@@ -160,9 +163,9 @@ struct Kernels {
   // The reverse, rounding to nearest even.
   void (*store_row)(const float* x, DType dtype, int64_t channels, void* out);
   // x [blocks * 16] * inverse to codes [blocks * 8] and e4m3 bits [blocks]; what is left over goes
-  // to residual [blocks * 16] unless it is null. `four_over_six` chooses between two scales.
+  // to residual [blocks * 16] unless it is null.
   void (*quantize_row)(
-      const float* x, float inverse, int64_t blocks, bool four_over_six,
+      const float* x, float inverse, int64_t blocks, BlockScale method,
       uint8_t* qdata, uint8_t* scale, float* residual);
   // x + y rounded to dtype, as fp32.
   void (*add_row)(const void* x, const void* y, DType dtype, int64_t channels, float* out);

@@ -74,12 +74,12 @@ void quantize_row(
     x = ordered;
   }
   float* residual = extra ? buffers.residual.data() : nullptr;
-  k.quantize_row(x, inverse, base, how.four_over_six, qdata, scale, residual);
+  k.quantize_row(x, inverse, base, how.block_scale, qdata, scale, residual);
   if (extra) {
     float* gathered = buffers.gathered.data();
     gather_residuals(how, residual, gathered);
     k.quantize_row(
-        gathered, 1.0f, extra, how.four_over_six, qdata + base * kBlockBytes, scale + base,
+        gathered, 1.0f, extra, how.block_scale, qdata + base * kBlockBytes, scale + base,
         nullptr);
   }
   uint8_t* repeated = qdata + (base + extra) * kBlockBytes;

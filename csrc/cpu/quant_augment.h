@@ -21,7 +21,7 @@ struct Augmentation {
   Ids act_blocks, weight_blocks, channel_order, act_channels;
   const float* outer_scale = nullptr;  // kStatic only
   ScaleMode mode = ScaleMode::kToken;
-  bool four_over_six = false;
+  BlockScale block_scale = BlockScale::kAmax;
 
   int64_t base_blocks() const { return (channels + kBlock - 1) / kBlock; }
   int64_t residual_blocks() const { return act_blocks.size + act_channels.size / kBlock; }

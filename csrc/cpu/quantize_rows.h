@@ -5,17 +5,13 @@
 
 #include <type_traits>
 
-#include "e4m3.h"
 #include "kernels.h"
-#include "simd.h"
+#include "search_scales.h"
 
 namespace {
 
+using arc::BlockScale;
 using arc::DType;
-
-constexpr int32_t kInfBits = 0x7F800000;
-constexpr float kSixth = 1.0f / 6.0f;
-constexpr float kQuarter = 1.0f / 4.0f;
 
 // Calls run(std::integral_constant<DType, dtype>): what it does is compiled for each dtype. A vector
 // that depends on a branch would be kept in memory where it is wider than a register.
@@ -109,22 +105,6 @@ void store_row(const float* x, DType dtype, int64_t channels, void* out) {
   });
 }
 
-// e4m3 bits of v >= 0, nearest even in [2^-9, 448]; Inf and NaN (which come as lanes that are not
-// below Inf) give 0x7f.
-inline i32x16 e4m3_bits(f32x16 v) {
-  i32x16 magnitude = abs_bits(v);
-  i32x16 finite = less(magnitude, every(kInfBits));
-  i32x16 clamped = max(magnitude, every(bits<int32_t>(0x1p-9f)));
-  clamped = min(clamped, every(bits<int32_t>(448.0f)));
-  u32x16 u = bits<u32x16>(clamped);
-  u32x16 normal = ((u + 0x7FFFF + ((u >> 20) & 1)) >> 20) - (120 << 3);
-  // Below 2^-6 the unit of the last place is 2^-9: that of v + 2^14.
-  u32x16 shifted = bits<u32x16>(bits<f32x16>(clamped) + splat(0x1p14f));
-  u32x16 subnormal = shifted - bits<uint32_t>(0x1p14f);
-  u32x16 code = select(less(clamped, every(bits<int32_t>(0x1p-6f))), subnormal, normal);
-  return select(finite, bits<i32x16>(code), every(0x7F));
-}
-
 // 4-bit codes of v in every lane: nearest, ties to even, saturating at 6; NaN gives 0.
 inline i32x16 e2m1_codes(f32x16 v) {
   i32x16 u = bits<i32x16>(v), magnitude = u & 0x7FFFFFFF;
@@ -165,22 +145,6 @@ inline float sum_of_squares(f32x16 error) {
   return t[0] + t[1];
 }
 
-constexpr int64_t kScalesAtOnce = kLanes;
-
-struct BlockScales {
-  alignas(64) int32_t code[kScalesAtOnce];
-  alignas(64) float value[kScalesAtOnce];
-  alignas(64) float reciprocal[kScalesAtOnce];
-};
-
-inline void make_scales(f32x16 block_max, float factor, BlockScales& scales) {
-  i32x16 code = e4m3_bits(block_max * splat(factor));
-  f32x16 value = e4m3_value(code);
-  store(scales.code, code);
-  store(scales.value, value);
-  store(scales.reciprocal, splat(1.0f) / value);
-}
-
 // Codes and left-over of one block under one scale.
 inline i32x16 encode_block(f32x16 xs, const BlockScales& scales, int64_t b, f32x16& residual) {
   i32x16 codes = e2m1_codes(xs * splat(scales.reciprocal[b]));
@@ -188,55 +152,86 @@ inline i32x16 encode_block(f32x16 xs, const BlockScales& scales, int64_t b, f32x
   return codes;
 }
 
-template <bool FourOverSix, bool Residual>
+// One block under a further scale, kept where its error is less.
+struct Candidate {
+  i32x16 codes;
+  f32x16 rest;
+  int32_t scale_code;
+  float error;
+
+  // As bits rather than by a branch, which would be taken at random.
+  void keep_better(const Candidate& other) {
+    const int32_t better = -int32_t(other.error < error);
+    codes = (other.codes & better) | (codes & ~better);
+    rest = bits<f32x16>((bits<i32x16>(other.rest) & better) | (bits<i32x16>(rest) & ~better));
+    scale_code = (other.scale_code & better) | (scale_code & ~better);
+    error = other.error < error ? other.error : error;
+  }
+};
+
+inline Candidate candidate(f32x16 xs, const BlockScales& scales, int64_t b) {
+  Candidate c;
+  c.codes = encode_block(xs, scales, b, c.rest);
+  c.scale_code = scales.code[b];
+  c.error = sum_of_squares(c.rest);
+  return c;
+}
+
+// xs of up to 16 blocks from x on, to their largest magnitudes; zero behind the last one.
+inline f32x16 largest_magnitudes(const float* x, f32x16 multiplier, int64_t count) {
+  alignas(64) int32_t found[kScalesAtOnce] = {};
+  for (int64_t b = 0; b < count; ++b) {
+    i32x16 magnitude = abs_bits(load<f32x16>(x + b * kLanes) * multiplier);
+    found[b] = largest_lane(max_of(low_half(magnitude), high_half(magnitude)));
+  }
+  return load<f32x16>(found);
+}
+
+template <BlockScale kMethod, bool Residual>
 void quantize_row_as(
     const float* x, float inverse, int64_t blocks, uint8_t* qdata, uint8_t* scale,
     float* residual) {
   const f32x16 multiplier = splat(inverse);
   for (int64_t first = 0; first < blocks; first += kScalesAtOnce) {
     const int64_t count = blocks - first < kScalesAtOnce ? blocks - first : kScalesAtOnce;
-    alignas(64) int32_t block_max[kScalesAtOnce] = {};
-    for (int64_t b = 0; b < count; ++b) {
-      f32x16 xs = load<f32x16>(x + (first + b) * kLanes) * multiplier;
-      i32x16 magnitude = abs_bits(xs);
-      block_max[b] = largest_lane(max_of(low_half(magnitude), high_half(magnitude)));
-    }
     BlockScales six, four;
-    make_scales(load<f32x16>(block_max), kSixth, six);
-    if (FourOverSix) make_scales(load<f32x16>(block_max), kQuarter, four);
+    if (kMethod == BlockScale::kMse) {
+      Columns columns;
+      columns.fill(x + first * kLanes, multiplier, count);
+      make_scales(columns.largest(), kSixth, six);
+      search_scales(columns, six);
+    } else {
+      const f32x16 largest = largest_magnitudes(x + first * kLanes, multiplier, count);
+      make_scales(largest, kSixth, six);
+      if (kMethod == BlockScale::kFourOverSix) make_scales(largest, kQuarter, four);
+    }
     for (int64_t b = 0; b < count; ++b) {
       const int64_t block = first + b;
-      f32x16 xs = load<f32x16>(x + block * kLanes) * multiplier, rest;
-      i32x16 codes = encode_block(xs, six, b, rest);
-      int32_t scale_code = six.code[b];
-      if (FourOverSix) {
-        f32x16 wide_rest;
-        i32x16 wide_codes = encode_block(xs, four, b, wide_rest);
-        // As bits rather than by a branch, which would be taken at random.
-        const int32_t wide = -int32_t(sum_of_squares(wide_rest) < sum_of_squares(rest));
-        codes = (wide_codes & wide) | (codes & ~wide);
-        rest = bits<f32x16>((bits<i32x16>(wide_rest) & wide) | (bits<i32x16>(rest) & ~wide));
-        scale_code = (four.code[b] & wide) | (scale_code & ~wide);
-      }
-      store(qdata + block * arc::kBlockBytes, pack_codes(codes));
-      scale[block] = uint8_t(scale_code);
-      if (Residual) store(residual + block * kLanes, rest);
+      f32x16 xs = load<f32x16>(x + block * kLanes) * multiplier;
+      Candidate best = candidate(xs, six, b);
+      if (kMethod == BlockScale::kFourOverSix) best.keep_better(candidate(xs, four, b));
+      store(qdata + block * arc::kBlockBytes, pack_codes(best.codes));
+      scale[block] = uint8_t(best.scale_code);
+      if (Residual) store(residual + block * kLanes, best.rest);
     }
   }
 }
 
+template <BlockScale kMethod>
+void quantize_row_with(
+    const float* x, float inverse, int64_t blocks, uint8_t* qdata, uint8_t* scale,
+    float* residual) {
+  if (residual) quantize_row_as<kMethod, true>(x, inverse, blocks, qdata, scale, residual);
+  else quantize_row_as<kMethod, false>(x, inverse, blocks, qdata, scale, residual);
+}
+
 void quantize_row(
-    const float* x, float inverse, int64_t blocks, bool four_over_six, uint8_t* qdata,
+    const float* x, float inverse, int64_t blocks, BlockScale method, uint8_t* qdata,
     uint8_t* scale, float* residual) {
-  if (four_over_six && residual) {
-    quantize_row_as<true, true>(x, inverse, blocks, qdata, scale, residual);
-  } else if (four_over_six) {
-    quantize_row_as<true, false>(x, inverse, blocks, qdata, scale, residual);
-  } else if (residual) {
-    quantize_row_as<false, true>(x, inverse, blocks, qdata, scale, residual);
-  } else {
-    quantize_row_as<false, false>(x, inverse, blocks, qdata, scale, residual);
-  }
+  constexpr decltype(&quantize_row_with<BlockScale::kAmax>) kMethods[] = {
+      quantize_row_with<BlockScale::kAmax>, quantize_row_with<BlockScale::kFourOverSix>,
+      quantize_row_with<BlockScale::kMse>};
+  kMethods[int(method)](x, inverse, blocks, qdata, scale, residual);
 }
 
 }  // namespace

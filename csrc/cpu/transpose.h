@@ -1,4 +1,4 @@
-// 16 vectors of 16 lanes of 32 bits, transposed in registers: four rounds of exchanges.
+// As many vectors of 32-bit lanes as one has lanes, transposed in registers by rounds of exchanges.
 #pragma once
 
 #include <utility>
@@ -7,25 +7,30 @@
 
 namespace {
 
-template <int D, int... J>
-inline void swap_halves(u32x16& a, u32x16& b, std::integer_sequence<int, J...>) {
-  const u32x16 low = __builtin_shufflevector(a, b, (J & D ? kLanes + J - D : J)...);
-  b = __builtin_shufflevector(a, b, (J & D ? kLanes + J : J + D)...);
+template <class V>
+constexpr int kLanesOf = int(sizeof(V) / 4);
+
+template <int D, class V, int... J>
+inline void swap_halves(V& a, V& b, std::integer_sequence<int, J...>) {
+  const V low = __builtin_shufflevector(a, b, (J & D ? kLanesOf<V> + J - D : J)...);
+  b = __builtin_shufflevector(a, b, (J & D ? kLanesOf<V> + J : J + D)...);
   a = low;
 }
 
-template <int D>
-inline void transpose_step(u32x16 rows[kLanes]) {
-  for (int i = 0; i < kLanes; ++i) {
-    if (!(i & D)) swap_halves<D>(rows[i], rows[i + D], std::make_integer_sequence<int, kLanes>{});
+template <int D, class V>
+inline void transpose_step(V* rows) {
+  constexpr std::make_integer_sequence<int, kLanesOf<V>> lanes;
+  for (int i = 0; i < kLanesOf<V>; ++i) {
+    if (!(i & D)) swap_halves<D>(rows[i], rows[i + D], lanes);
   }
 }
 
-inline void transpose(u32x16 rows[kLanes]) {
+template <class V>
+inline void transpose(V* rows) {
   transpose_step<1>(rows);
   transpose_step<2>(rows);
-  transpose_step<4>(rows);
-  transpose_step<8>(rows);
+  if constexpr (kLanesOf<V> > 4) transpose_step<4>(rows);
+  if constexpr (kLanesOf<V> > 8) transpose_step<8>(rows);
 }
 
 }  // namespace

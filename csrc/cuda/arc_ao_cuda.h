@@ -17,6 +17,7 @@ extern "C" {
 
 enum { ARC_FLOAT = 0, ARC_BFLOAT16 = 1, ARC_HALF = 2 };
 enum { ARC_SCALE_TOKEN = 0, ARC_SCALE_TENSOR = 1, ARC_SCALE_STATIC = 2 };
+enum { ARC_BLOCK_AMAX = 0, ARC_BLOCK_FOUR_OVER_SIX = 1, ARC_BLOCK_MSE = 2 };
 enum {
   ARC_PLAIN = 0,
   ARC_RMS_NORM = 1,
@@ -42,7 +43,7 @@ struct ArcQuantize {
   int64_t num_act_blocks, num_weight_blocks, num_act_channels;
   float eps;
   int32_t number, producer, scale_mode;
-  int32_t four_over_six;
+  int32_t block_scale;
   // Blocks in a row are base, act, act_channels / 16 and weight blocks; where swizzled, and where
   // that is odd, a block of zeros more.
   int32_t swizzled;

@@ -151,8 +151,7 @@ struct EncodedBlock {
   int scale;       // e4m3 bits
 };
 
-ARC_SHARED EncodedBlock encode_with(const float xs[kBlockSize], uint32_t amax, float factor) {
-  const int scale = e4m3_bits(mul(bits_as<float>(amax), factor));
+ARC_SHARED EncodedBlock encode_with(const float xs[kBlockSize], int scale) {
   if (scale == kNanScale) return {0, scale};
   const float reciprocal = divide(1.0f, e4m3_value(scale));
   uint64_t codes = 0;
@@ -186,14 +185,46 @@ ARC_SHARED float squared_error(const float xs[kBlockSize], const EncodedBlock& b
   return total[0];
 }
 
-ARC_SHARED EncodedBlock encode_block(const float xs[kBlockSize], bool four_over_six) {
+// Behind 0, the offsets of nvfp4.CODE_OFFSETS: -1, 1, 4, 5, 6. Not an array, which would be memory.
+constexpr int kLaterOffsets = 5;
+ARC_SHARED int later_offset(int i) { return i < 2 ? 2 * i - 1 : i + 2; }
+
+// The e4m3 code `offset` from `code`, within those of 2^-9 and 448.
+ARC_SHARED int neighbour(int code, int offset) {
+  const int moved = code + offset;
+  return moved < 1 ? 1 : moved < kNanScale ? moved : kNanScale - 1;
+}
+
+// A later candidate wins where its error is strictly less.
+struct LeastError {
+  EncodedBlock block;
+  float error;
+
+  ARC_SHARED void try_scale(const float xs[kBlockSize], int scale) {
+    const EncodedBlock tried = encode_with(xs, scale);
+    const float its = squared_error(xs, tried);
+    if (its < error) {
+      block = tried;
+      error = its;
+    }
+  }
+};
+
+ARC_SHARED EncodedBlock encode_block(const float xs[kBlockSize], int block_scale) {
   uint32_t amax = 0;
 #pragma unroll
   for (int i = 0; i < kBlockSize; ++i) amax = largest(amax, abs_bits(xs[i]));
-  const EncodedBlock six = encode_with(xs, amax, kSixth);
-  if (!four_over_six) return six;
-  const EncodedBlock four = encode_with(xs, amax, kQuarter);
-  return squared_error(xs, four) < squared_error(xs, six) ? four : six;
+  const int first = e4m3_bits(mul(bits_as<float>(amax), kSixth));
+  const EncodedBlock six = encode_with(xs, first);
+  if (block_scale == ARC_BLOCK_AMAX || first == kNanScale) return six;
+  LeastError least{six, squared_error(xs, six)};
+  if (block_scale == ARC_BLOCK_FOUR_OVER_SIX) {
+    least.try_scale(xs, e4m3_bits(mul(bits_as<float>(amax), kQuarter)));
+    return least.block;
+  }
+#pragma unroll 1
+  for (int i = 0; i < kLaterOffsets; ++i) least.try_scale(xs, neighbour(first, later_offset(i)));
+  return least.block;
 }
 
 // --- Phases behind it -------------------------------------------------------------------------
@@ -221,7 +252,7 @@ ARC_SHARED void quantize_base(
   for (int64_t b = lane.t; b < base_blocks(row.q); b += lane.step) {
     float xs[kBlockSize];
     row.block(b, inverse, xs);
-    const EncodedBlock encoded = encode_block(xs, row.q.four_over_six);
+    const EncodedBlock encoded = encode_block(xs, row.q.block_scale);
     store_block(row.q, row.row, b, encoded);
     scales[b] = uint8_t(encoded.scale);
   }
@@ -258,7 +289,7 @@ ARC_SHARED void quantize_extra(
       for (int i = 0; i < kBlockSize; ++i) {
         rest[i] = residual_at(row, residual_place(q, e, i), inverse, scales);
       }
-      store_block(q, row.row, b, encode_block(rest, q.four_over_six));
+      store_block(q, row.row, b, encode_block(rest, q.block_scale));
     } else if (b < augmented_blocks(q)) {
       const int64_t source = checked(q.weight_blocks[e - residuals], base);
       store_block(q, row.row, b, {*codes_at(q, row.row, source), scales[source]});

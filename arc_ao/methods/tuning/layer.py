@@ -121,7 +121,7 @@ class TunedWeight:
             tensor.activation_scale,
             channel_order=tensor.channel_order,
             act_channels=tensor.act_channels,
-            four_over_six=tensor.four_over_six,
+            block_scale=tensor.activation_block_scale,
         )
         columns = nvfp4.to_blocks(nvfp4.decode(qdata, scale).mul_(outer.unsqueeze(1)))
         base, added = tensor.base_blocks, tensor.act_blocks.shape[0]

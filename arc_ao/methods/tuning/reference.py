@@ -12,11 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from arc_ao.calibration.data import Batch
 from arc_ao.eval.divergence import is_logits, model_output
 from arc_ao.inference import evaluation_mode, run_model
+from arc_ao.progress import SILENT, Progress
 
 CHUNK_ELEMENTS = 1 << 22  # logits compared at a time: 16 MiB per fp32 temporary
 
@@ -59,7 +59,7 @@ def record_references(
     batches: list[Batch | Tensor],
     changing: set[nn.Module],
     *,
-    progress: bool = False,
+    progress: Progress = SILENT,
 ) -> list[Reference]:
     """Run the unquantized model over the batches.
 
@@ -72,7 +72,7 @@ def record_references(
     references = []
     try:
         with evaluation_mode(model):
-            for batch in tqdm(batches, desc="reference", disable=not progress, leave=False):
+            for batch in progress.steps("reference", batches):
                 seen.clear()
                 references.append(_reference(run_model(model, batch), batch, head, seen))
     finally:

@@ -12,6 +12,7 @@ from arc_ao.config import ARCConfig
 from arc_ao.methods.tuning.parameters import BYTES_PER_WEIGHT
 from arc_ao.methods.tuning.reference import Reference, record_references
 from arc_ao.methods.tuning.tune import TuningRecord, split, tune
+from arc_ao.progress import Progress
 from arc_ao.tensor import ARCTensor
 
 
@@ -26,7 +27,7 @@ class TuningSession:
     originals: dict[str, Tensor] = field(default_factory=dict)
     references: list[Reference] = field(default_factory=list)
 
-    def record(self, model: nn.Module, changing: set[nn.Module], *, progress: bool = True) -> None:
+    def record(self, model: nn.Module, changing: set[nn.Module], progress: Progress) -> None:
         """Run the unquantized model; `changing` are all modules that will be quantized."""
         self.originals = {name: m.weight.detach() for name, m in self.linears.items()}
         self.references = record_references(model, self.batches, changing, progress=progress)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from arc_ao.calibration.data import Batch, num_tokens
 from arc_ao.calibration.work_dir import WorkDir
-from arc_ao.inference import call_model, evaluation_mode, run_model
+from arc_ao.inference import call_model, evaluation_mode, run_model, without_cache
 from arc_ao.methods.tuning.layer import InputCache
 from arc_ao.methods.tuning.parameters import Trainables, install, trainables, under_training
 from arc_ao.methods.tuning.record import TuningRecord
@@ -58,7 +58,7 @@ def tune(
     """
     train, aside = split(len(batches))
     schedule = Schedule(minutes, max_steps)
-    with evaluation_mode(model):
+    with evaluation_mode(model), without_cache(model):
         before = _divergence(model, batches, references, aside)
         trained = trainables(model, names, originals or {})
         start = trained.norms()

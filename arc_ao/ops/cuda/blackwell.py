@@ -104,11 +104,11 @@ class _Augmentation:
         scale_mode: str,
         channel_order: Tensor | None = None,
         act_channels: Tensor | None = None,
-        four_over_six: bool = False,
+        block_scale: str = "amax",
         plan: str = "",
         scale_layout: str = "plain",
     ) -> None:
-        check_augmentation(x, outer_scale, scale_mode, act_channels, scale_layout, op)
+        check_augmentation(x, outer_scale, scale_mode, act_channels, block_scale, scale_layout, op)
         given = (act_blocks, weight_blocks, channel_order, act_channels)
         self.ids = dict(zip(IDS, given, strict=True))
         for name, tensor in {**self.ids, "outer_scale": outer_scale}.items():
@@ -123,7 +123,7 @@ class _Augmentation:
             f"{op}: channel_order must have {x.shape[-1]} entries",
         )
         self.op, self.x, self.scale_mode, self.outer_scale = op, x, scale_mode, outer_scale
-        self.four_over_six, self.scale_layout = four_over_six, scale_layout
+        self.block_scale, self.scale_layout = block_scale, scale_layout
 
     def run(
         self,
@@ -165,7 +165,7 @@ class _Augmentation:
             number=library.NUMBERS[x.dtype],
             producer=library.PRODUCERS[producer],
             scale_mode=library.SCALE_MODES[self.scale_mode],
-            four_over_six=self.four_over_six,
+            block_scale=library.BLOCK_SCALES[self.block_scale],
             swizzled=self.scale_layout == "swizzled",
         )
         _quantize_on_device(arguments, x.device, self.op)

@@ -20,6 +20,7 @@ LIBRARY = Path(
 FAMILIES = {"100f": ((10, 0), (10, 3)), "120f": ((12, 0), (12, 1))}
 NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SCALE_MODES = {"token": 0, "tensor": 1, "static": 2}
+BLOCK_SCALES = {"amax": 0, "four_over_six": 1, "mse": 2}
 PRODUCERS = {
     name: number
     for number, name in enumerate(
@@ -41,7 +42,7 @@ class Quantize(Structure):
         *_fields(c_void_p, "outer_scale amax qdata scale outer"),
         *_fields(c_int64, "rows channels num_act_blocks num_weight_blocks num_act_channels"),
         *_fields(c_float, "eps"),
-        *_fields(c_int32, "number producer scale_mode four_over_six swizzled"),
+        *_fields(c_int32, "number producer scale_mode block_scale swizzled"),
     ]
 
 

@@ -9,7 +9,13 @@ compiled or interpreted on a CPU. Kernels that use these functions are launched 
 import triton
 import triton.language as tl
 
+from arc_ao.formats import nvfp4
+
 E4M3_NAN = tl.constexpr(0x7F)
+E4M3_SMALLEST_CODE = tl.constexpr(nvfp4.E4M3_SMALLEST_CODE)
+E4M3_LARGEST_CODE = tl.constexpr(nvfp4.E4M3_LARGEST_CODE)
+LATER_OFFSETS = tl.constexpr(nvfp4.CODE_OFFSETS[1:])
+NUM_LATER = tl.constexpr(len(nvfp4.CODE_OFFSETS) - 1)
 E4M3_MIN = tl.constexpr(2.0**-9)
 E4M3_MIN_NORMAL = tl.constexpr(2.0**-6)
 E4M3_MAX = tl.constexpr(448.0)
@@ -160,24 +166,50 @@ def _squared_error(blocks, codes, scale, n: tl.constexpr):
 
 
 @triton.jit
-def quantize_blocks(blocks, amax, n: tl.constexpr, four_over_six: tl.constexpr):
+def _error_under(blocks, bits, n: tl.constexpr):
+    """Squared error [n] of blocks under scale bits [n]; NaN where those are."""
+    scale = decode_e4m3(bits)
+    return _squared_error(blocks, encode_blocks(blocks, scale), scale, n)
+
+
+@triton.jit
+def _better(blocks, bits, least, other, n: tl.constexpr):
+    """(bits, error) [n]: of the scale bits `other` where their error is less than `least`."""
+    error = _error_under(blocks, other, n)
+    better = error < least
+    return tl.where(better, other, bits), tl.where(better, error, least)
+
+
+@triton.jit
+def _neighbour(bits, offset: tl.constexpr):
+    """The e4m3 code `offset` from `bits`, within those of 2^-9 and 448."""
+    return tl.minimum(tl.maximum(bits + offset, E4M3_SMALLEST_CODE), E4M3_LARGEST_CODE)
+
+
+@triton.jit
+def _search(blocks, first, n: tl.constexpr):
+    """Scale bits [n] of the least squared error: nvfp4.CODE_OFFSETS from `first`."""
+    bits, least = first, _error_under(blocks, first, n)
+    for i in tl.static_range(NUM_LATER):
+        bits, least = _better(blocks, bits, least, _neighbour(first, LATER_OFFSETS[i]), n)
+    return bits
+
+
+@triton.jit
+def quantize_blocks(blocks, amax, n: tl.constexpr, block_scale: tl.constexpr):
     """Codes (int32 [n, 16]) and scale bits (int32 [n]) of fp32 blocks [n, 16] with `amax` [n].
 
     Codes count for nothing where the scale is NaN, and a block with a value that is no number has
     such a scale: `pack` makes them 0.
     """
-    bits = encode_e4m3(amax * ONE_SIXTH)
-    scale = decode_e4m3(bits)
-    codes = encode_blocks(blocks, scale)
-    if four_over_six:
-        wide_bits = encode_e4m3(amax * ONE_FOURTH)
-        wide_scale = decode_e4m3(wide_bits)
-        wide_codes = encode_blocks(blocks, wide_scale)
-        narrow_error = _squared_error(blocks, codes, scale, n)
-        wide = _squared_error(blocks, wide_codes, wide_scale, n) < narrow_error
-        codes = tl.where(wide[:, None], wide_codes, codes)
-        bits = tl.where(wide, wide_bits, bits)
-    return codes, bits
+    first = encode_e4m3(amax * ONE_SIXTH)
+    bits = first
+    if block_scale == "four_over_six":
+        wide = encode_e4m3(amax * ONE_FOURTH)
+        bits, _ = _better(blocks, first, _error_under(blocks, first, n), wide, n)
+    if block_scale == "mse":
+        bits = _search(blocks, first, n)
+    return encode_blocks(blocks, decode_e4m3(bits)), bits
 
 
 @triton.jit

@@ -25,7 +25,8 @@ LONG_TILE = 512  # blocks of a longer row read at a time
 HEAVY_TILE = 256  # blocks, in a row or of one, where larger tiles would spill registers
 FEW = 16  # extra blocks at a time
 ELEMENTS_PER_WARP = 1024
-HEAVY_ELEMENTS_PER_WARP = 512  # two live polynomials an element, or two inputs: more would spill
+# Two live polynomials an element, two inputs, or searched scales: more would spill.
+HEAVY_ELEMENTS_PER_WARP = 512
 
 
 class Source(NamedTuple):
@@ -95,14 +96,14 @@ def _run(
     scale_mode: str,
     channel_order: Tensor | None = None,
     act_channels: Tensor | None = None,
-    four_over_six: bool = False,
+    block_scale: str = "amax",
     plan: str = "",
     scale_layout: str = "plain",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """qdata, scale, outer and, for ADD_RMS_NORM, the sum in the shape of x. Scales are plain:
     dispatch.py leaves swizzled ones to others."""
     x = source.first
-    check_augmentation(x, outer_scale, scale_mode, act_channels, scale_layout, op)
+    check_augmentation(x, outer_scale, scale_mode, act_channels, block_scale, scale_layout, op)
     check(x.shape[-1] > 0, f"{op}: x must have at least one channel, got {list(x.shape)}")
     qdata, scale, outer = augmented_shapes(x, act_blocks, weight_blocks, scale_mode, act_channels)
     adds = source.kind == inputs.ADD_RMS_NORM.value
@@ -111,7 +112,7 @@ def _run(
         outer.zero_() if outer_scale is None else outer.copy_(outer_scale)
         return qdata, scale, outer, total
     ids = (act_blocks, act_channels, weight_blocks)
-    launch = partial(_launch, source, ids, channel_order, four_over_six)
+    launch = partial(_launch, source, ids, channel_order, block_scale)
     if scale_mode == "token":
         launch(kernels.ROW_AMAX, None, qdata, scale, outer, total)
     elif scale_mode == "static":
@@ -130,15 +131,16 @@ def tile_blocks(blocks: int, is_heavy: bool = False) -> tuple[int, bool]:
     return (tile, True) if tile <= most else (long_tile, False)
 
 
-def _is_heavy(kind: int, ordered: bool, four_over_six: bool) -> bool:
+def _is_heavy(kind: int, ordered: bool, block_scale: str) -> bool:
     """Whether a tile of MAX_TILE or LONG_TILE blocks spilled registers."""
     is_norm = kind in (inputs.RMS_NORM.value, inputs.ADD_RMS_NORM.value)
-    return four_over_six or (ordered and is_norm)
+    return block_scale != "amax" or (ordered and is_norm)
 
 
-def num_warps(tile: int, kind: int) -> int:
-    """Warps for a tile of blocks of a kind of input."""
+def num_warps(tile: int, kind: int, block_scale: str = "amax") -> int:
+    """Warps for a tile of blocks of a kind of input, whose scales are chosen so."""
     is_heavy = kind == inputs.ADD_RMS_NORM.value or kind >= inputs.GELU.value
+    is_heavy |= block_scale == "mse"
     elements = HEAVY_ELEMENTS_PER_WARP if is_heavy else ELEMENTS_PER_WARP
     return min(16, max(1, tile * 16 // elements))
 
@@ -147,7 +149,7 @@ def _launch(
     source: Source,
     ids: tuple[Tensor, Tensor | None, Tensor],
     order: Tensor | None,
-    four_over_six: bool,
+    block_scale: str,
     origin: tl.constexpr,
     scale_in: Tensor | None,
     qdata: Tensor,
@@ -162,7 +164,7 @@ def _launch(
     act_blocks, act_channels, weight_blocks = ids
     gathered = 0 if act_channels is None else act_channels.shape[0] // 16
     blocks = math.ceil(first.shape[1] / 16)
-    is_heavy = _is_heavy(source.kind, order is not None, four_over_six)
+    is_heavy = _is_heavy(source.kind, order is not None, block_scale)
     tile, whole = tile_blocks(blocks, is_heavy)
     with on_device(first):
         kernels.quantize_row[(first.shape[0],)](
@@ -173,8 +175,8 @@ def _launch(
             source.eps, *first.stride(), *second.stride(),
             1 if source.weight is None else weight.stride(0),
             kind=source.kind, origin=origin.value, ordered=order is not None,
-            four_over_six=four_over_six, whole=whole, TILE=tile, FEW=FEW,
-            num_warps=num_warps(tile, source.kind), enable_fp_fusion=False,
+            block_scale=block_scale, whole=whole, TILE=tile, FEW=FEW,
+            num_warps=num_warps(tile, source.kind, block_scale), enable_fp_fusion=False,
         )  # fmt: skip
 
 

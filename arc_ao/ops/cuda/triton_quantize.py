@@ -79,10 +79,10 @@ def store_blocks(target, position, valid, codes, bits, n: tl.constexpr):
 @triton.jit
 def store_base(
     target, ids, blocks, scaled, amax, raw, channel, mask,
-    kind: tl.constexpr, four_over_six: tl.constexpr, TILE: tl.constexpr,
+    kind: tl.constexpr, block_scale: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Quantize and write the base blocks `ids` [TILE], and the sum that the norm was taken of."""
-    codes, bits = quantize_blocks(scaled, amax, TILE, four_over_six)
+    codes, bits = quantize_blocks(scaled, amax, TILE, block_scale)
     store_blocks(target, ids, ids < blocks, codes, bits, TILE)
     if kind == ADD_RMS_NORM:
         total = target[2]
@@ -120,7 +120,7 @@ def amax_bits_of(
 def quantize_extra_blocks(
     source, target, act_blocks, weight_blocks, blocks, act_count, gathered_count, weight_count,
     inverse_rms, inverse,
-    kind: tl.constexpr, ordered: tl.constexpr, four_over_six: tl.constexpr, FEW: tl.constexpr,
+    kind: tl.constexpr, ordered: tl.constexpr, block_scale: tl.constexpr, FEW: tl.constexpr,
 ):  # fmt: skip
     """The residuals of act_blocks, and weight_blocks a second time; FEW of them at a time."""
     count = act_count + weight_count
@@ -132,9 +132,9 @@ def quantize_extra_blocks(
         block += tl.load(weight_blocks + (here - act_count), mask=repeats, other=0)
         value, _, _, _ = load_channels(source, channels_of(block), inverse_rms, kind, ordered)
         scaled = value * inverse
-        codes, bits = quantize_blocks(scaled, block_amax(scaled), FEW, four_over_six)
+        codes, bits = quantize_blocks(scaled, block_amax(scaled), FEW, block_scale)
         residual = scaled - decode_e2m1(codes) * decode_e4m3(bits)[:, None]
-        fixed, fixed_bits = quantize_blocks(residual, block_amax(residual), FEW, four_over_six)
+        fixed, fixed_bits = quantize_blocks(residual, block_amax(residual), FEW, block_scale)
         codes = tl.where(is_act[:, None], fixed, codes)
         bits = tl.where(is_act, fixed_bits, bits)
         position = blocks + here + tl.where(is_act, 0, gathered_count)
@@ -144,7 +144,7 @@ def quantize_extra_blocks(
 @triton.jit
 def quantize_gathered(
     source, target, act_channels, first_position, gathered_count, inverse_rms, inverse,
-    kind: tl.constexpr, ordered: tl.constexpr, four_over_six: tl.constexpr,
+    kind: tl.constexpr, ordered: tl.constexpr, block_scale: tl.constexpr,
 ):  # fmt: skip
     """The residuals of act_channels, gathered 16 to a block.
 
@@ -155,13 +155,13 @@ def quantize_gathered(
         around = channels_of(chosen // 16)
         value, _, _, _ = load_channels(source, around, inverse_rms, kind, ordered)
         scaled = value * inverse
-        _, bits = quantize_blocks(scaled, block_amax(scaled), 16, four_over_six)
+        _, bits = quantize_blocks(scaled, block_amax(scaled), 16, block_scale)
         value, _, _, _ = load_channels(source, chosen, inverse_rms, kind, ordered)
         scaled = value * inverse
         scale = decode_e4m3(bits)
         code = encode_e2m1(scaled * tl.math.div_rn(1.0, scale))
         residual = tl.reshape(scaled - decode_e2m1(code) * scale, (1, 16))
-        codes, bits = quantize_blocks(residual, block_amax(residual), 1, four_over_six)
+        codes, bits = quantize_blocks(residual, block_amax(residual), 1, block_scale)
         position = first_position + gathered + tl.arange(0, 1)
         store_blocks(target, position, position >= 0, codes, bits, 1)
 
@@ -190,7 +190,7 @@ def quantize_row(
     act_blocks, act_channels, weight_blocks, qdata, scale, outer,
     channels, blocks, act_count, gathered_count, weight_count, eps,
     first_row_stride, first_stride, second_row_stride, second_stride, weight_stride,
-    kind: tl.constexpr, origin: tl.constexpr, ordered: tl.constexpr, four_over_six: tl.constexpr,
+    kind: tl.constexpr, origin: tl.constexpr, ordered: tl.constexpr, block_scale: tl.constexpr,
     whole: tl.constexpr, TILE: tl.constexpr, FEW: tl.constexpr,
 ):  # fmt: skip
     """Quantize row `program_id(0)`.
@@ -239,7 +239,7 @@ def quantize_row(
         if whole:
             store_base(
                 target, ids, blocks, value * inverse, amax * inverse, raw, channel, mask,
-                kind, four_over_six, TILE,
+                kind, block_scale, TILE,
             )  # fmt: skip
         else:
             for start in range(0, blocks, TILE):
@@ -249,13 +249,13 @@ def quantize_row(
                 )
                 store_base(
                     target, here, blocks, value * inverse, block_amax(value) * inverse,
-                    raw, channel, mask, kind, four_over_six, TILE,
+                    raw, channel, mask, kind, block_scale, TILE,
                 )  # fmt: skip
         quantize_extra_blocks(
             source, target, act_blocks, weight_blocks, blocks, act_count, gathered_count,
-            weight_count, inverse_rms, inverse, kind, ordered, four_over_six, FEW,
+            weight_count, inverse_rms, inverse, kind, ordered, block_scale, FEW,
         )  # fmt: skip
         quantize_gathered(
             source, target, act_channels, blocks + act_count, gathered_count, inverse_rms, inverse,
-            kind, ordered, four_over_six,
+            kind, ordered, block_scale,
         )  # fmt: skip

@@ -1,0 +1,278 @@
+"""What an error in the output of each linear costs the model: its diagonal Fisher information.
+
+To second order, the divergence of a model's output (KL of logits, 1 - cosine of hidden states) that
+an error e [M, N] in the output of one linear causes is
+
+    1/2 sum_{m, n} E[g[m, n]^2] e[m, n]^2          g: gradient of a score of the model's output
+
+where the score's gradient has the divergence's Hessian as its covariance (eval/score.py): for
+logits the log-likelihood of labels sampled from the model. The factors of tokens and of outputs are
+kept apart, as K-FAC does (arXiv 1503.05671), here with diagonals only:
+
+    g[m, n]^2 ~ t[m] o[n] / G        t[m] = sum_n g[m, n]^2, o[n] = sum_m g[m, n]^2, G = sum_n o[n]
+
+so that what a channel's error costs is a product of two sums. A batch takes a forward and a
+backward pass, and every block one forward more in between: memory is that of one block's
+activations and of the hidden states between blocks.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from arc_ao.calibration.data import Batch
+from arc_ao.calibration.observer import ARCObserver, channel_errors, from_order
+from arc_ao.calibration.sequential import find_blocks
+from arc_ao.calibration.session import CalibrationSession, observer_on
+from arc_ao.eval.score import score_gradient
+from arc_ao.inference import call_model, evaluation_mode, without_cache
+from arc_ao.memory import release_memory
+from arc_ao.progress import SILENT, Progress
+
+FISHER_TOKENS = 8192  # calibration tokens that are differentiated, at most
+SEED = 0  # of the labels: the same call gives the same plans
+
+
+@dataclass(frozen=True)
+class ChannelFisher:
+    """What energies and errors of one linear's input channels cost, fp32, in the natural order.
+
+    An error of energy c[n] in column k of the weight, summed with the shares `output`, costs the
+    model's output `square[k] * c` nats per token; and the weight's own energy times `error[k]` is
+    what quantizing the channel costs.
+    """
+
+    square: Tensor  # [K]
+    error: Tensor  # [K]
+    output: Tensor  # [N], sums to 1
+
+
+@dataclass
+class OutputFisher:
+    """Sums for one linear over the tokens m of its input x, fp64; Q_i is plain NVFP4 in order i."""
+
+    token_square: Tensor  # [K], sum of t[m] x[m, k]^2
+    token_error: Tensor  # [orders, K], sum of t[m] (x - Q_i(x))[m, k]^2
+    output: Tensor  # [N], sum of g[m, n]^2
+    count: int = 0  # tokens of the model's output
+
+    @property
+    def total(self) -> Tensor:
+        """G, fp64 []."""
+        return self.output.sum()
+
+    def of_order(self, index: int) -> ChannelFisher:
+        """The same for one channel order, as divergences per token."""
+        per_token = 0.5 / max(1, self.count)
+        share = self.output / self.total.clamp(min=torch.finfo(torch.float32).tiny)
+        return ChannelFisher(
+            (self.token_square * per_token).float(),
+            (self.token_error[index] * per_token).float(),
+            share.float(),
+        )
+
+
+def measure_fisher(
+    model: nn.Module,
+    session: CalibrationSession,
+    batches: list[Batch | Tensor],
+    *,
+    progress: Progress = SILENT,
+) -> dict[str, OutputFisher] | None:
+    """Fisher information at every linear of a calibrated session, by name.
+
+    None, with a warning that says why, where the model cannot be differentiated.
+    """
+    for group in session.groups():
+        session.observer_of(group).statistics()  # refuses a layer that saw no token
+    measured = {m.module: _Measured(m.module) for m in session.members}
+    try:
+        _run(model, measured, batches, progress)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        return _not_measured(str(error).splitlines()[0])
+    found = {m.name: measured[m.module].fisher for m in session.members}
+    if not all(torch.isfinite(f.total) for f in found.values()):
+        return _not_measured("gradients hold NaN or Inf; use bfloat16 or float32")
+    if not any(f.total > 0 for f in found.values()):
+        return _not_measured("no gradient reaches any linear")
+    return found
+
+
+def _not_measured(reason: str) -> None:
+    warnings.warn(
+        f"layers weigh the same in the choice of residuals: the model cannot be differentiated "
+        f"({reason}). ARCConfig(layer_weights='equal') asks for that without this warning",
+        stacklevel=4,
+    )
+
+
+def _run(
+    model: nn.Module,
+    measured: dict[nn.Linear, "_Measured"],
+    batches: list[Batch | Tensor],
+    progress: Progress,
+) -> None:
+    generator = torch.Generator().manual_seed(SEED)
+    with evaluation_mode(model), frozen(model), without_cache(model), torch.enable_grad():
+        for batch in progress.steps("weigh layers", batches):
+            mask = batch.get("attention_mask") if isinstance(batch, dict) else None
+            with _watched(model, measured):
+                output = call_model(model, batch)
+                value, gradient, count = score_gradient(output, mask, generator)
+                if not value.requires_grad:
+                    raise RuntimeError("its output does not depend on the linears differentiably")
+                torch.autograd.backward(value, gradient)
+            for one in measured.values():
+                one.fisher.count += count
+            del output, value, gradient
+            release_memory()
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Inside, no parameter asks for a gradient."""
+    asking = [p for p in model.parameters() if p.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
+
+
+@dataclass
+class _Frame:
+    """One call of a block, whose linears' inputs and outputs' gradients meet here.
+
+    Inputs come from the second pass through the block, which the backward pass starts, gradients
+    from the backward pass; the last linear's gradient is there before its input.
+    """
+
+    inputs: dict[tuple[nn.Module, int], Tensor] = field(default_factory=dict)
+    gradients: dict[tuple[nn.Module, int], Tensor] = field(default_factory=dict)
+    calls: dict[nn.Module, int] = field(default_factory=dict)
+    squares: dict[int, "_Squares"] = field(default_factory=dict)  # by id of an input
+    recomputing: bool = False  # in the second of the two passes
+
+    def next_call(self, module: nn.Module) -> tuple[nn.Module, int]:
+        """A linear is called; which call of it in this pass that is."""
+        self.calls[module] = self.calls.get(module, -1) + 1
+        return module, self.calls[module]
+
+    def meet(self, key: tuple[nn.Module, int], measured: "_Measured") -> None:
+        """Add a call whose input and gradient are both there."""
+        if key not in self.inputs or key not in self.gradients:
+            return
+        x, gradient = self.inputs.pop(key), self.gradients.pop(key)
+        squares = self.squares.get(id(x))
+        if squares is None:
+            squares = self.squares[id(x)] = _Squares.of(x, observer_on(key[0]))
+        measured.add(squares, gradient)
+        if not self.inputs:
+            self.squares.clear()
+
+
+@dataclass(frozen=True)
+class _Squares:
+    """x^2 [M, K] and squared quantization errors [M, K], each in its channel order, fp32."""
+
+    source: Tensor  # kept alive, so that its id stays its own
+    square: Tensor
+    errors: list[tuple[Tensor, Tensor | None]]  # and the order
+
+    @classmethod
+    def of(cls, x: Tensor, observer: ARCObserver) -> "_Squares":
+        rows = x.detach().reshape(-1, x.shape[-1])
+        return cls(x, rows.float().square(), channel_errors(rows, observer.orders()))
+
+
+class _Measured:
+    """Sums for one linear, filled by the gradients of its outputs."""
+
+    def __init__(self, module: nn.Linear) -> None:
+        observer = observer_on(module)
+        self.module = module
+        zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64, device=module.weight.device)
+        self.fisher = OutputFisher(
+            zeros(module.in_features),
+            zeros(len(observer.channel_orders), module.in_features),
+            zeros(module.out_features),
+        )
+
+    @torch.no_grad()
+    def add(self, squares: _Squares, gradient: Tensor) -> None:
+        """Add one call of the linear."""
+        g2 = gradient.reshape(-1, gradient.shape[-1]).float().square()  # [M, N]
+        by_token = g2.sum(1)
+        self.fisher.output += g2.sum(0)
+        self.fisher.token_square += by_token @ squares.square
+        for total, (error, order) in zip(self.fisher.token_error, squares.errors, strict=True):
+            total += from_order(by_token @ error, order)
+
+
+@contextmanager
+def _watched(model: nn.Module, measured: dict[nn.Linear, _Measured]) -> Iterator[None]:
+    """Inside, blocks are checkpointed, and gradients of outputs arrive at `measured`."""
+    frames = [_Frame()]  # of linears outside of the blocks; then of the block that runs
+
+    def see(module: nn.Linear, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        frame, one = frames[-1], measured[module]
+        key = frame.next_call(module)
+        if not output.requires_grad:  # the graph begins here
+            output = output.detach().requires_grad_().clone()
+        if frame.recomputing or frame is frames[0]:
+            frame.inputs[key] = args[0] if args else kwargs["input"]
+            frame.meet(key, one)
+        if not frame.recomputing:
+            output.register_hook(lambda gradient: arrived(frame, key, gradient, one))
+        return output
+
+    def arrived(frame: _Frame, key: tuple, gradient: Tensor, one: _Measured) -> None:
+        frame.gradients[key] = gradient
+        frame.meet(key, one)
+
+    with ExitStack() as stack:
+        stack.enter_context(set_checkpoint_early_stop(False))
+        for block in find_blocks(model, list(measured)):
+            stack.enter_context(_checkpointed(block, frames))
+        for module in measured:
+            handle = module.register_forward_hook(see, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def _checkpointed(block: nn.Module, frames: list[_Frame]) -> Iterator[None]:
+    """Inside, a block keeps nothing for its backward pass but its inputs: it runs a second time."""
+    original, own = block.forward, vars(block).get("forward")
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        frame = _Frame()
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            frame.calls.clear()
+            frames.append(frame)
+            try:
+                return original(*args, **kwargs)
+            finally:
+                frames.pop()
+                frame.recomputing = True
+
+        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    block.forward = forward
+    try:
+        yield
+    finally:
+        del block.forward
+        if own is not None:
+            block.forward = own

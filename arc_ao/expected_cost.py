@@ -1,0 +1,53 @@
+"""What the stages of one call are expected to take, so that its bar can tell the time left.
+
+Counted in forwards of one token through the linears. Work on weights alone grows with them as a
+forward does, so that it is worth a number of tokens, too. Measured on SmolLM2-135M with one thread
+of a Zen 5 core (benchmarks/quantize_time.py); on other machines the proportions differ somewhat.
+"""
+
+from arc_ao.calibration.fisher import FISHER_TOKENS
+from arc_ao.config import ARCConfig
+from arc_ao.methods.recipe import SEARCH_TOKENS, expected_runs
+
+OBSERVE = 0.65  # of a token, on top of its forward, for each kind of blocks
+DIFFERENTIATE = 5.4  # a token forward, again, backward, and the squares of errors
+ANALYSE = 8_500.0  # search of all weights' block scales
+QUANTIZE = 2_300.0  # all weights under known scales
+RUN = 1.6  # a token through a model that is quantized on the fly
+GATHER = 6.0  # a token through every block for each of its Hessians
+ROUND = 30_000.0  # factors of all Hessians and error feedback
+CONVERT = 3_000.0
+
+
+def expected_costs(configs: list[ARCConfig], tokens: int, batches: int) -> dict[str, float]:
+    """Cost of every stage of a call, by its name; the largest where configs differ.
+
+    Args:
+        tokens, batches: of the calibration data.
+    """
+    costs: dict[str, float] = {}
+    for config in configs:
+        for stage, cost in _of_config(config, tokens, batches).items():
+            costs[stage] = max(cost, costs.get(stage, 0.0))
+    return costs
+
+
+def _of_config(config: ARCConfig, tokens: int, batches: int) -> dict[str, float]:
+    searched, length = config.searched, tokens / max(1, batches)
+    orders = 2 if "channel_order" in searched else 1
+    costs = {"convert": CONVERT}
+    if tokens:
+        costs["calibrate"] = tokens * (1 + OBSERVE * orders)
+    if config.tunes:
+        costs["reference"] = tokens
+    if config.weighs_layers:
+        costs["weigh layers"] = DIFFERENTIATE * min(tokens, FISHER_TOKENS)
+    if searched:
+        count = max(1, min(batches, int(SEARCH_TOKENS // max(1, length))))
+        runs = expected_runs(config, count)
+        costs["try recipes"] = ANALYSE * orders + runs * (RUN * length + QUANTIZE)
+    else:
+        costs["analyse weights"] = ANALYSE
+    if config.needs_hessian:
+        costs["round weights"] = GATHER * tokens + ROUND
+    return costs
