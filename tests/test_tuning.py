@@ -170,7 +170,7 @@ def test_the_budget_is_time():
     plan.seconds = 60.0
     assert plan.over and plan.evaluation_due()
     record = Case().tune(minutes=0.02)
-    assert record.steps > 3 and 1.0 < record.seconds < 60
+    assert record.steps > 0 and record.seconds >= 1.2
 
 
 def test_one_call_tunes_saves_and_says_so(tmp_path):
