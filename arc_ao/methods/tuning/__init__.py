@@ -1,0 +1,1 @@
+"""Codes and norms of a quantized model trained against what the unquantized one says."""
