@@ -192,7 +192,6 @@ class Variant:
         decode = summarize([r["decode"] for r in self.rounds])
         return {
             "prefill_tokens_per_second": prompt / prefill.seconds,
-            "prefill_cpu_seconds": [r["prefill_cpu"] for r in self.rounds],
             "prefill_spread": prefill.spread,
             "decode_tokens_per_second": 1 / decode.seconds,
             "decode_spread": decode.spread,
@@ -201,7 +200,9 @@ class Variant:
     def figures(self, prompt: int) -> dict[str, float]:
         """Tokens per second and bytes."""
         memory = self.memory["weights"] + self.memory["running"]
-        return {**self.speeds(prompt), "memory": memory, **self.memory}
+        cpu_seconds = [r["prefill_cpu"] for r in self.rounds]
+        speeds = self.speeds(prompt) | {"prefill_cpu_seconds": cpu_seconds}
+        return {**speeds, "memory": memory, **self.memory}
 
 
 def take_turns(variants: dict[str, Variant], rounds: int) -> None:

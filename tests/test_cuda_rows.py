@@ -135,10 +135,16 @@ def test_ragged_rows(on_host, channels, block_scale):
         assert_same(found, quant_augment_eager(x, **how, scale_layout=layout))
 
 
-def test_every_bf16_number_quantizes_alike(on_host):
-    """Rows of neighbours, so that blocks hold numbers of one size."""
+@pytest.mark.parametrize("block_scale", nvfp4.BLOCK_SCALES)
+@pytest.mark.parametrize("outer", [None, 0.01])
+def test_every_bf16_number_quantizes_alike(on_host, block_scale, outer):
+    """Rows of neighbours, so that blocks hold numbers of one size; under a given outer scale, most
+    are beyond the largest or below the smallest block scale."""
     x = ALL_BF16.reshape(-1, 256)
     how = arguments({"act_blocks": torch.arange(16, dtype=torch.int32)})
+    how["block_scale"] = block_scale
+    if outer is not None:
+        how |= {"scale_mode": "static", "outer_scale": torch.tensor([outer])}
     assert_same(blackwell.quant_augment(x, **how), quant_augment_eager(x, **how))
 
 

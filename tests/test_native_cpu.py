@@ -116,6 +116,20 @@ def test_quant_augment_reads_any_strides(level):
         assert_same_bits(quant_augment(view, *arguments()), quant_augment_eager(view, *arguments()))
 
 
+@pytest.mark.parametrize("block_scale", nvfp4.BLOCK_SCALES)
+@pytest.mark.parametrize("outer", [None, 0.01])
+def test_quant_augment_bits_of_every_bf16_number(level, block_scale, outer):
+    """In rows of neighbours; under a given outer scale, most are beyond the largest or below the
+    smallest block scale."""
+    x = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
+    x = x.reshape(-1, 256)
+    changes = {"act_blocks": torch.arange(16, dtype=torch.int32), "block_scale": block_scale}
+    if outer is not None:
+        changes |= {"scale_mode": "static", "outer_scale": torch.tensor([outer])}
+    rest = arguments(**changes)
+    assert_same_bits(quant_augment(x, *rest), quant_augment_eager(x, *rest))
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     seed=st.integers(0, 2**31),

@@ -212,6 +212,7 @@ def test_summary_counts_by_hand():
     assert summary.extra_channels == summary.extra_multiply_adds == 0.5
     assert summary.bits_per_weight == 8 * stored / (64 * 32)
     expected = {"shape": [32, 64], "act_channels": 16, "weight_channels": 16, "rank": 0}
+    expected |= {"rounding": "nearest"}
     assert summary.layers == {"0": expected | {"bits_per_weight": summary.bits_per_weight}}
     assert json.loads(json.dumps(summary.to_dict(), allow_nan=False)) == summary.to_dict()
     assert "1 linears quantized, 1 left alone; 50.0% extra channels" in str(summary)

@@ -90,7 +90,8 @@ def measure_fisher(
     None, with a warning that says why, where the model cannot be differentiated.
     """
     for group in session.groups():
-        session.observer_of(group).statistics()  # refuses a layer that saw no token
+        observer = session.observer_of(group)
+        observer.statistics(observer.channel_orders[0])  # refuses a layer that saw no token
     measured = {m.module: _Measured(m.module) for m in session.members}
     try:
         _run(model, measured, batches, progress)

@@ -2,7 +2,8 @@
 
 Of `stride` rows in a row one is kept, at a place that moves by the golden ratio from one such group
 to the next. So the rows are spread evenly, the same ones in every run, and no position of a
-sequence is always among them or never.
+sequence is always among them or never. Their neighbours are summed, so that they flatter what is
+fitted, more than other text does; who compares by them has to allow for it (methods/gptq.py).
 """
 
 import torch

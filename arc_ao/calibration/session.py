@@ -132,7 +132,7 @@ class CalibrationSession:
 
     def _channel_orders(self) -> tuple[str, ...]:
         config = self.config
-        if "channel_order" in config.searched or config.weighs_layers or config.mixes:
+        if "channel_order" in config.searched or config.mixes:
             return ("none", "amax")
         return (config.resolve().channel_order,)
 

@@ -14,7 +14,6 @@ from arc_ao.formats import nvfp4
 E4M3_NAN = tl.constexpr(0x7F)
 E4M3_SMALLEST_CODE = tl.constexpr(nvfp4.E4M3_SMALLEST_CODE)
 E4M3_LARGEST_CODE = tl.constexpr(nvfp4.E4M3_LARGEST_CODE)
-LATER_OFFSETS = tl.constexpr(nvfp4.CODE_OFFSETS[1:])
 NUM_LATER = tl.constexpr(len(nvfp4.CODE_OFFSETS) - 1)
 E4M3_MIN = tl.constexpr(2.0**-9)
 E4M3_MIN_NORMAL = tl.constexpr(2.0**-6)
@@ -181,17 +180,21 @@ def _better(blocks, bits, least, other, n: tl.constexpr):
 
 
 @triton.jit
-def _neighbour(bits, offset: tl.constexpr):
+def _neighbour(bits, offset):
     """The e4m3 code `offset` from `bits`, within those of 2^-9 and 448."""
     return tl.minimum(tl.maximum(bits + offset, E4M3_SMALLEST_CODE), E4M3_LARGEST_CODE)
 
 
 @triton.jit
 def _search(blocks, first, n: tl.constexpr):
-    """Scale bits [n] of the least squared error: nvfp4.CODE_OFFSETS from `first`."""
+    """Scale bits [n] of the least squared error: nvfp4.CODE_OFFSETS from `first`.
+
+    A loop at run time: unrolled, candidates overlap and take more registers than there are.
+    """
     bits, least = first, _error_under(blocks, first, n)
-    for i in tl.static_range(NUM_LATER):
-        bits, least = _better(blocks, bits, least, _neighbour(first, LATER_OFFSETS[i]), n)
+    for i in range(NUM_LATER):
+        offset = tl.where(i < 2, 2 * i - 1, i + 2)  # -1, 1, 4, 5, 6
+        bits, least = _better(blocks, bits, least, _neighbour(first, offset), n)
     return bits
 
 
