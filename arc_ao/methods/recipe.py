@@ -7,8 +7,7 @@ layer. The divergence of the output from the unquantized model (mean KL per toke
 that costs least at run time wins.
 
 The values of one field run on a quarter of the batches first, and the better half of them on the
-others (successive halving, arXiv 1502.07943), compared on the same tokens. The unquantized model's
-output is computed anew with every batch: kept, it would take the memory of the logits of all.
+others (successive halving, arXiv 1502.07943), compared on the same tokens.
 """
 
 import dataclasses
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from arc_ao.calibration.data import Batch, num_tokens
 from arc_ao.calibration.session import CalibrationSession
 from arc_ao.config import SEARCHED_FIELDS, ARCConfig
-from arc_ao.eval.divergence import output_divergence
+from arc_ao.eval.reference import Reference, record_references
 from arc_ao.inference import evaluation_mode, run_model
 from arc_ao.memory import release_memory
 from arc_ao.methods.plan import analyse_session, make_plans
@@ -173,6 +172,7 @@ class _Runs:
     ) -> None:
         self.model, self.session, self.batches, self.advance = model, session, batches, advance
         self.found: dict[str, list[float]] = {}  # by config: of the first batches
+        self.references: dict[int, Reference] = {}  # of batches, as far as they are small
 
     @property
     def count(self) -> int:
@@ -187,7 +187,8 @@ class _Runs:
             for i, batch in enumerate(self.batches[:count]):
                 missing = [k for k, measured in enumerate(found) if len(measured) <= i]
                 if missing:
-                    divergences = self._divergences([plans[k] for k in missing], batch)
+                    reference = self._reference(i)
+                    divergences = self._divergences([plans[k] for k in missing], batch, reference)
                     for k, divergence in zip(missing, divergences, strict=True):
                         found[k].append(divergence)
         return [
@@ -195,15 +196,23 @@ class _Runs:
             for config, measured in zip(configs, found, strict=True)
         ]
 
+    def _reference(self, index: int) -> Reference:
+        """What the unquantized model says about a batch; logits themselves are not kept."""
+        if index in self.references:
+            return self.references[index]
+        changing = {member.module for member in self.session.members}
+        (found,) = record_references(self.model, [self.batches[index]], changing)
+        if found.head is not None or not found.logits:
+            self.references[index] = found
+        return found
+
     def _divergences(
-        self, plans: list[dict[str, LayerPlan]], batch: Batch | Tensor
+        self, plans: list[dict[str, LayerPlan]], batch: Batch | Tensor, reference: Reference
     ) -> Iterator[float]:
-        reference = run_model(self.model, batch)
-        mask = batch.get("attention_mask") if isinstance(batch, dict) else None
         for plan in plans:
             with quantized_on_the_fly(self.session, plan):
                 output = run_model(self.model, batch)
-            yield output_divergence(reference, output, mask)
+            yield reference.measure(output)
             release_memory()
             self.advance()
 
