@@ -1,7 +1,7 @@
 """arc::encode_blocks and arc::block_residuals: a weight under known block scales.
 
-    q = e2m1(w * (1/s))     the codes, two a byte
-    r = w - q * s           what they leave
+q = e2m1(w * (1/s))     the codes, two a byte
+r = w - q * s           what they leave
 """
 
 import torch

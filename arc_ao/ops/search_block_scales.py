@@ -6,7 +6,7 @@ block of 16 wins the scale s with the least
     sum_k importance[k] * (w[k] - q[k] * s)^2
 
 Every candidate is an e4m3 value, so nothing is lost by rounding the winner. The first of the least
-error wins, nearest to amax/6 first. Sums are trees of halves, so that all kernels agree in every bit.
+error wins, nearest to amax/6 first. Sums are trees of halves, so that kernels agree in every bit.
 """
 
 from collections.abc import Callable
