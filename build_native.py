@@ -47,6 +47,7 @@ COMMON = [
     "gemm_operator.cpp",
     "quantize_operators.cpp",
     "register_operators.cpp",
+    "weight_operators.cpp",
     "cpu/attention.cpp",
     "cpu/dispatch.cpp",
     "cpu/dot_gemm.cpp",

@@ -23,6 +23,9 @@ const char* const kSchemas[] = {
     ") -> (Tensor, Tensor, Tensor)",
     "gelu_quant_augment(Tensor x, Tensor? up, str approximate, " ARC_AUGMENTATION_SCHEMA
     ") -> (Tensor, Tensor, Tensor)",
+    "search_block_scales(Tensor values, Tensor? importance) -> Tensor",
+    "encode_blocks(Tensor values, Tensor scale) -> Tensor",
+    "block_residuals(Tensor values, Tensor scale) -> Tensor",
     "nvfp4_gemm(Tensor a, Tensor a_scale, Tensor a_outer, Tensor b, Tensor b_scale, "
     "Tensor b_outer, Tensor? bias, ScalarType out_dtype, Tensor? act_blocks=None, "
     "int base_blocks=0, str b_layout=\"plain\") -> Tensor",
@@ -47,6 +50,9 @@ struct Registration {
         {"add_rms_norm_quant_augment", add_rms_norm_quant_augment_boxed},
         {"silu_mul_quant_augment", silu_mul_quant_augment_boxed},
         {"gelu_quant_augment", gelu_quant_augment_boxed},
+        {"search_block_scales", search_block_scales_boxed},
+        {"encode_blocks", encode_blocks_boxed},
+        {"block_residuals", block_residuals_boxed},
         {"nvfp4_gemm", nvfp4_gemm_boxed},
         {"attention", attention_boxed},
         {"bf16_linear", bf16_linear_boxed},

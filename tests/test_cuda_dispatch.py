@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from arc_ao.ops.backends import OPERATORS, UNQUANTIZED
+from arc_ao.ops.backends import OPERATORS, UNQUANTIZED, WEIGHTS
 from arc_ao.ops.cuda import dispatch, tuning
 from arc_ao.ops.cuda.tuning import Rule
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
-QUANTIZED = [name for name in OPERATORS if name not in UNQUANTIZED]
+PYTORCH_S = [name.removeprefix("arc::") for name in (*UNQUANTIZED, *WEIGHTS)]
+QUANTIZED = [name for name in OPERATORS if name not in (*UNQUANTIZED, *WEIGHTS)]
 
 
 @pytest.mark.parametrize(
@@ -89,9 +90,9 @@ def test_every_operator_has_an_implementation_on_every_backend(name):
 
 
 @pytest.mark.parametrize("backend", dispatch.BACKENDS)
-@pytest.mark.parametrize("name", ["attention", "bf16_linear"])
+@pytest.mark.parametrize("name", PYTORCH_S)
 def test_what_is_not_quantized_is_pytorch_s_on_gpus(name, backend, monkeypatch):
-    """Which has kernels of its own there."""
+    """Which has kernels of its own there; weights are quantized by the meaning."""
     monkeypatch.setattr(dispatch, "import_module", lambda module: object())
     eager = object()
     assert dispatch.implementation(name, backend, eager, ()) is eager

@@ -185,11 +185,15 @@ def _later_candidates(blocks: Tensor, scale: Tensor, method: BlockScale) -> Iter
 def squared_error(blocks: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """Squared error per block [..., K/16], summed as a tree of halves: the same everywhere."""
     error = blocks - decode_blocks(codes, scale)
-    total = error * error
-    while total.shape[-1] > 1:
-        half = total.shape[-1] // 2
-        total = total[..., :half] + total[..., half:]
-    return total.squeeze(-1)
+    return sum_of_halves(error * error)
+
+
+def sum_of_halves(values: Tensor) -> Tensor:
+    """Sum over the last dimension, a power of two, as a tree of halves: [..., 16] to [...]."""
+    while values.shape[-1] > 1:
+        half = values.shape[-1] // 2
+        values = values[..., :half] + values[..., half:]
+    return values.squeeze(-1)
 
 
 def quantize(

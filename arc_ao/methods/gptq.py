@@ -31,6 +31,7 @@ from torch import Tensor
 from arc_ao.formats import nvfp4
 from arc_ao.methods.scale_search import choose_scales
 from arc_ao.methods.weights import LayerPlan, assemble, in_order
+from arc_ao.ops import block_residuals
 from arc_ao.tensor import ARCTensor
 
 COLUMNS = 128  # rounded before their feedback to the other groups is one matrix product
@@ -194,9 +195,10 @@ def _scales(blocks: Tensor, plan: LayerPlan, local: Tensor) -> tuple[Tensor, Ten
     """Scales of blocks [n, A/16, 16] and of what they leave in the residual blocks."""
     method, chosen = plan.config.weight_scale, plan.weight_blocks
     scale = choose_scales(blocks, method, local)
-    kept, kept_scale = blocks.index_select(1, chosen), scale.index_select(1, chosen)
-    residual = kept - nvfp4.decode_blocks(nvfp4.encode_blocks(kept, kept_scale), kept_scale)
-    return scale, choose_scales(residual, method, local[chosen.long()])
+    kept = blocks.index_select(1, chosen).flatten(1)
+    kept_scale = nvfp4.encode_e4m3(scale.index_select(1, chosen))
+    left = nvfp4.to_blocks(block_residuals(kept, kept_scale))
+    return scale, choose_scales(left, method, local[chosen.long()])
 
 
 def _round_columns(

@@ -24,8 +24,9 @@ from arc_ao.config import ARCConfig
 from arc_ao.formats import nvfp4
 from arc_ao.methods.lowrank import LowRank, iterated, metric_root, sketched_svd, weighted_svd
 from arc_ao.methods.rotation import hadamard_signs, rotate
-from arc_ao.methods.scale_search import choose_scales
+from arc_ao.methods.scale_search import choose_scale_bits
 from arc_ao.methods.smooth import flatten_scales, search_awq_scales, search_scales
+from arc_ao.ops import block_residuals
 
 SEARCH_ROWS = 256  # of the sample, on which scales and branches are compared
 CHUNK_ROWS = 256
@@ -228,8 +229,9 @@ def dequantized(weight: Tensor, config: ARCConfig, importance: Tensor | None = N
     amax = weight.abs().amax()
     blocks = nvfp4.to_blocks(weight * nvfp4.inverse_outer_scale(amax))
     weights = None if importance is None else nvfp4.to_blocks(importance)
-    scale = choose_scales(blocks, config.weight_scale, weights)
-    values = nvfp4.decode_blocks(nvfp4.encode_blocks(blocks, scale), scale).flatten(1)
+    scale = choose_scale_bits(blocks, config.weight_scale, weights)
+    values = blocks.flatten(1)
+    values = values - block_residuals(values, scale)
     return values[:, : weight.shape[1]] * nvfp4.outer_scale(amax)
 
 

@@ -1,14 +1,8 @@
 """Block scales of weights: the amax scale, four-over-six, or a search for the least squared error.
 
-The search tries the e4m3 codes around the amax scale (13 neighbours, factors of about 0.57 to 1.7)
-and keeps, per block of 16, the scale with the least
-
-    sum_k importance[k] * (w[k] - q[k] * s)^2
-
-where importance is E[x_k^2] on calibration data, or 1 without any. Every candidate is an e4m3
-value, so nothing is lost by rounding the winner. Ties go to the candidate nearest to amax. The
-local Hessian instead weighs the error e of a block as a whole, e H e^T with H = E[x^T x] of the
-block's own 16 channels.
+"mse" weighs errors by importance, E[x_k^2] on calibration data, or 1 without any; its candidates
+are in ops/search_block_scales.py. The local Hessian instead weighs the error e of a block as a
+whole, e H e^T with H = E[x^T x] of the block's own 16 channels.
 """
 
 import torch
@@ -16,8 +10,8 @@ from torch import Tensor
 
 from arc_ao.config import WeightScale
 from arc_ao.formats import nvfp4
-
-CODE_OFFSETS = sorted(range(-6, 7), key=abs)
+from arc_ao.ops import search_block_scales
+from arc_ao.ops.search_block_scales import least_cost_scales
 
 
 def choose_scales(blocks: Tensor, method: WeightScale, importance: Tensor | None = None) -> Tensor:
@@ -32,36 +26,28 @@ def choose_scales(blocks: Tensor, method: WeightScale, importance: Tensor | None
     Returns:
         fp32 [N, K/16], every value an e4m3 value.
     """
+    return nvfp4.decode_e4m3(choose_scale_bits(blocks, method, importance))
+
+
+def choose_scale_bits(
+    blocks: Tensor, method: WeightScale, importance: Tensor | None = None
+) -> Tensor:
+    """The same as e4m3 bits, uint8 [N, K/16]."""
     if method == "amax":
-        return nvfp4.block_scale(blocks)
+        return nvfp4.encode_e4m3(nvfp4.block_scale(blocks))
     if method == "four_over_six":
-        return nvfp4.quantize_blocks(blocks, method="four_over_six").scale
-    if method == "mse" and importance is not None and importance.dim() == 3:
+        return nvfp4.encode_e4m3(nvfp4.quantize_blocks(blocks, method="four_over_six").scale)
+    if importance is not None and importance.dim() == 3:
+        if method == "local_hessian":
+            return _by_local_hessian(blocks, importance)
         importance = importance.diagonal(dim1=1, dim2=2)
-    return _search(blocks, importance)
+    by_channel = None if importance is None else importance.flatten()
+    return search_block_scales(blocks.flatten(1), by_channel)
 
 
-def _search(blocks: Tensor, importance: Tensor | None) -> Tensor:
-    base = nvfp4.block_scale(blocks)  # [N, K/16]
-    best_scale, best_error = None, None
-    for offset in CODE_OFFSETS:
-        scale = nvfp4.neighbour_scale(base, offset)
-        error = nvfp4.decode_blocks(nvfp4.encode_blocks(blocks, scale), scale).sub_(blocks)
-        total = _weighted(error, importance)  # [N, K/16]
-        if best_error is None:
-            best_scale, best_error = scale, total
-            continue
-        better = total < best_error
-        best_scale = torch.where(better, scale, best_scale)
-        best_error = torch.where(better, total, best_error)
-    return best_scale
+def _by_local_hessian(blocks: Tensor, hessian: Tensor) -> Tensor:
+    def cost(errors: Tensor) -> Tensor:
+        weighted = torch.bmm(errors.transpose(0, 1), hessian).transpose(0, 1)
+        return errors.mul_(weighted).sum(-1)
 
-
-def _weighted(error: Tensor, importance: Tensor | None) -> Tensor:
-    """Cost of errors [N, K/16, 16] per block; overwrites them."""
-    if importance is None:
-        return error.square_().sum(-1)
-    if importance.dim() == 2:
-        return error.square_().mul_(importance).sum(-1)
-    weighted = torch.bmm(error.transpose(0, 1), importance).transpose(0, 1)
-    return error.mul_(weighted).sum(-1)
+    return nvfp4.encode_e4m3(least_cost_scales(blocks, cost))

@@ -8,7 +8,8 @@ from torch import Tensor
 from arc_ao.config import ARCConfig
 from arc_ao.formats import nvfp4
 from arc_ao.methods.prepare import UNTOUCHED, Preparation
-from arc_ao.methods.scale_search import choose_scales
+from arc_ao.methods.scale_search import choose_scale_bits
+from arc_ao.ops import block_residuals, encode_blocks
 from arc_ao.tensor import ARCTensor
 
 CHUNK_ELEMENTS = 1 << 18  # bounds the temporaries, which are 1 MB each in fp32
@@ -82,13 +83,14 @@ def analyse_weight(
     scales = weight.new_empty((weight.shape[0], _num_blocks(weight)), dtype=torch.uint8)
     energy, error = 0.0, 0.0
     for rows in nvfp4.row_chunks(weight, CHUNK_ELEMENTS):
-        blocks = nvfp4.to_blocks(in_order(prepared.residual(weight, rows), order) * inverse)
-        scale = choose_scales(blocks, config.weight_scale, importance)
-        values = nvfp4.decode_blocks(nvfp4.encode_blocks(blocks, scale), scale)
+        values = in_order(prepared.residual(weight, rows), order) * inverse  # [n, K16]
+        scale = choose_scale_bits(nvfp4.to_blocks(values), config.weight_scale, importance)
+        left = block_residuals(values, scale)
+        values -= left  # what the codes stand for
         ones = values.new_ones(values.shape[0]) if worth is None else worth[rows]
-        energy = energy + ones @ (values.flatten(1) * outer).square_()
-        error = error + ones @ (values.sub_(blocks).flatten(1) * outer).square_()
-        scales[rows] = nvfp4.encode_e4m3(scale)
+        energy = energy + ones @ values.mul_(outer).square_()
+        error = error + ones @ left.mul_(outer).square_()
+        scales[rows] = scale
     return WeightAnalysis(scales, energy, error)
 
 
@@ -107,8 +109,8 @@ def quantize_weight(weight: Tensor, plan: LayerPlan) -> ARCTensor:
         residual = plan.prepared.residual(weight, rows)
         ordered = in_order(residual, plan.channel_order) * inverse  # [n, K16]
         parts = _stored_parts(ordered, scale[rows], plan)
-        qdata[rows] = nvfp4.pack(torch.cat([c.flatten(1) for c, _ in parts], dim=1))
-        scales[rows] = nvfp4.encode_e4m3(torch.cat([s for _, s in parts], dim=1))
+        torch.cat([encode_blocks(*part) for part in parts], dim=1, out=qdata[rows])
+        torch.cat([bits for _, bits in parts], dim=1, out=scales[rows])
     return assemble(weight, plan, qdata, scales)
 
 
@@ -135,30 +137,21 @@ def assemble(weight: Tensor, plan: LayerPlan, qdata: Tensor, scale: Tensor) -> A
     ).with_input_plan()
 
 
-def _stored_parts(
-    ordered: Tensor, scale_bits: Tensor, plan: LayerPlan
-) -> list[tuple[Tensor, Tensor]]:
-    """(codes, scale) of the base, of the copied columns and of the weight's residual blocks."""
-    blocks = nvfp4.to_blocks(ordered)  # [n, K/16, 16]
-    scale = nvfp4.decode_e4m3(scale_bits)
-    codes = nvfp4.encode_blocks(blocks, scale)
-    parts = [(codes, scale)]
+def _stored_parts(ordered: Tensor, scale: Tensor, plan: LayerPlan) -> list[tuple[Tensor, Tensor]]:
+    """(values, scale bits) of the base, of the copied columns and of the residual blocks."""
+    parts, method = [(ordered, scale)], plan.config.weight_scale
     if plan.act_channels is not None:
-        columns = nvfp4.to_blocks(ordered.index_select(1, plan.act_channels))
-        parts.append(_encode(columns, plan.config, _take(plan.mean_error, plan.act_channels)))
+        columns = ordered.index_select(1, plan.act_channels)
+        importance = _take(plan.mean_error, plan.act_channels)
+        parts.append((columns, choose_scale_bits(nvfp4.to_blocks(columns), method, importance)))
     if plan.weight_blocks.numel():
-        residual = blocks - nvfp4.decode_blocks(codes, scale)
-        chosen = residual.index_select(1, plan.weight_blocks)
+        chosen = nvfp4.to_blocks(ordered).index_select(1, plan.weight_blocks).flatten(1)
+        left = block_residuals(chosen, scale.index_select(1, plan.weight_blocks))
         importance = None
         if plan.mean_square is not None:
             importance = nvfp4.to_blocks(plan.mean_square).index_select(0, plan.weight_blocks)
-        parts.append(_encode(chosen, plan.config, importance))
+        parts.append((left, choose_scale_bits(nvfp4.to_blocks(left), method, importance)))
     return parts
-
-
-def _encode(blocks: Tensor, config: ARCConfig, importance: Tensor | None) -> tuple[Tensor, Tensor]:
-    scale = choose_scales(blocks, config.weight_scale, importance)
-    return nvfp4.encode_blocks(blocks, scale), scale
 
 
 def _take(values: Tensor | None, channels: Tensor) -> Tensor | None:

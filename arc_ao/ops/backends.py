@@ -8,6 +8,8 @@ from arc_ao.ops.cuda import dispatch
 WEIGHT_ONLY = "arc::nvfp4_weight_only_gemm"  # has no native CPU kernel
 # Called only where our kernels are faster than PyTorch's.
 UNQUANTIZED = ("arc::attention", "arc::bf16_linear")
+# Of weights, while they are quantized: no kernels but those for CPUs.
+WEIGHTS = ("arc::search_block_scales", "arc::encode_blocks", "arc::block_residuals")
 OPERATORS = (
     "arc::quant_augment",
     "arc::rms_norm_quant_augment",
@@ -16,6 +18,7 @@ OPERATORS = (
     "arc::gelu_quant_augment",
     "arc::nvfp4_gemm",
     *UNQUANTIZED,
+    *WEIGHTS,
     WEIGHT_ONLY,
 )
 

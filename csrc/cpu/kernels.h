@@ -9,6 +9,7 @@ namespace arc {
 constexpr int64_t kBlock = 16;   // channels that share a block scale
 constexpr int64_t kPanel = 16;   // rows of the weight that the dot products run over together
 constexpr int64_t kBlockBytes = kBlock / 2;
+constexpr int64_t kSearchRows = 16;  // of a weight whose scales are searched together
 constexpr int64_t kPanelBlockBytes = kPanel * kBlockBytes;
 
 enum class DType { kFloat, kHalf, kBFloat16 };
@@ -167,6 +168,15 @@ struct Kernels {
   void (*quantize_row)(
       const float* x, float inverse, int64_t blocks, BlockScale method,
       uint8_t* qdata, uint8_t* scale, float* residual);
+  // Scale codes of least squared error, [rows, blocks], of up to kSearchRows rows of values
+  // [rows, blocks * 16]; importance [blocks * 16] of the errors, or null.
+  void (*search_weight_rows)(
+      const float* values, int64_t rows, int64_t blocks, const float* importance, uint8_t* scale);
+  // Row [blocks * 16] to codes [blocks * 8] under the scales of its blocks.
+  void (*encode_row)(const float* values, const uint8_t* scale, int64_t blocks, uint8_t* qdata);
+  // What those codes leave of it, [blocks * 16].
+  void (*residual_row)(
+      const float* values, const uint8_t* scale, int64_t blocks, float* residual);
   // x + y rounded to dtype, as fp32.
   void (*add_row)(const void* x, const void* y, DType dtype, int64_t channels, float* out);
   // silu(gate) * up, each step rounded to dtype, as fp32.

@@ -135,7 +135,7 @@ inline u8x8 pack_codes(i32x16 codes) {
   return __builtin_convertvector((pairs & 0xF) | (pairs >> 4), u8x8);
 }
 
-// Sum of squares as a tree of halves, the order of nvfp4.squared_error.
+// Sum of squares as a tree of halves, the order of nvfp4.sum_of_halves.
 inline float sum_of_squares(f32x16 error) {
   f32x16 squares = error * error;
   f32x8 t = __builtin_shufflevector(squares, squares, 0, 1, 2, 3, 4, 5, 6, 7) +
@@ -197,7 +197,7 @@ void quantize_row_as(
     BlockScales six, four;
     if (kMethod == BlockScale::kMse) {
       Columns columns;
-      columns.fill(x + first * kLanes, multiplier, count);
+      columns.fill(x + first * kLanes, kLanes, multiplier, count);
       make_scales(columns.largest(), kSixth, six);
       search_scales(columns, six);
     } else {

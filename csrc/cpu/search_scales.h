@@ -1,5 +1,7 @@
-// The search for block scales of least squared error ("mse" of nvfp4.quantize_blocks), a block in
-// every lane: scales are whole vectors then, and the tree of halves adds vectors.
+// The searches for block scales of least squared error, a block in every lane: scales are whole
+// vectors then, and the tree of halves adds vectors. For activations ("mse" of
+// nvfp4.quantize_blocks) and for weights (ops/search_block_scales.py), which differ in the
+// candidates and in that each channel of a weight may count by its importance.
 //
 // Only errors are computed here, of magnitudes, since signs change no square. Two products are fused
 // with a sum where there are instructions for it: both are exact, so that no bit depends on it.
@@ -37,12 +39,12 @@ inline WideInt wide_max(WideInt a, int32_t b) { return a > b ? a : WideInt{} + b
 struct Columns {
   alignas(64) float at[kLanes][kLanes];
 
-  // Of x * multiplier; zeros behind the blocks that are there.
-  void fill(const float* x, f32x16 multiplier, int64_t count) {
+  // Of x * multiplier, blocks `stride` numbers apart; zeros behind the `count` that are there.
+  void fill(const float* x, int64_t stride, f32x16 multiplier, int64_t count) {
     alignas(64) float blocks[kLanes][kLanes];
     for (int64_t b = 0; b < kLanes; ++b) {
       f32x16 xs = {};
-      if (b < count) xs = load<f32x16>(x + b * kLanes) * multiplier;
+      if (b < count) xs = load<f32x16>(x + b * stride) * multiplier;
       store(blocks[b], abs_bits(xs));
     }
     for (int first = 0; first < kLanes; first += kWide) {
@@ -79,11 +81,21 @@ inline WideFloat square_of_error(const float* x, WideFloat reciprocal, WideFloat
   return error * error;
 }
 
-// Summed over the channels as a tree of halves, the order of nvfp4.squared_error.
-template <bool kSaturate>
-inline WideFloat squared_errors(const float* x, WideFloat reciprocal, WideFloat scale) {
+// What the squared error of channel k counts.
+struct EqualChannels {
+  WideFloat operator()(int, WideFloat square) const { return square; }
+};
+struct WeighedChannels {
+  const float* importance;  // [16]
+  WideFloat operator()(int k, WideFloat square) const { return square * importance[k]; }
+};
+
+// Summed over the channels as a tree of halves, the order of nvfp4.sum_of_halves.
+template <bool kSaturate, class Weigh>
+inline WideFloat squared_errors(
+    const float* x, WideFloat reciprocal, WideFloat scale, const Weigh& weigh) {
   const auto square = [&](int k) {
-    return square_of_error<kSaturate>(x + k * kLanes, reciprocal, scale);
+    return weigh(k, square_of_error<kSaturate>(x + k * kLanes, reciprocal, scale));
   };
   const auto pair = [&](int k) { return square(k) + square(k + 8); };
   const auto four = [&](int k) { return pair(k) + pair(k + 4); };
@@ -92,40 +104,51 @@ inline WideFloat squared_errors(const float* x, WideFloat reciprocal, WideFloat 
 }
 
 // Scales of kWide blocks while candidates are tried, in their order.
+template <class Weigh>
 struct LeastError {
   const float* columns;
+  Weigh weigh;
   WideInt code;
-  WideInt error;  // bits: they order as the numbers, which are not negative
+  WideFloat error;
 
   template <bool kSaturate>
-  WideInt error_under(WideInt candidate) const {
+  WideFloat error_under(WideInt candidate) const {
     // No NaN here: blocks that have one, or Inf, are set right in the end.
     const WideFloat scale = bits<WideFloat>(candidate << 20) * 0x1p120f;
-    return bits<WideInt>(squared_errors<kSaturate>(columns, 0x1p22f / scale, scale));
+    return squared_errors<kSaturate>(columns, 0x1p22f / scale, scale, weigh);
   }
 
   template <bool kSaturate>
   void try_code(WideInt candidate) {
     candidate = wide_min(wide_max(candidate, 1), kNanCode - 1);
-    const WideInt found = error_under<kSaturate>(candidate);
-    const WideInt better = found < error;
+    const WideFloat found = error_under<kSaturate>(candidate);
+    const WideInt better = found < error;  // never of NaN
     code = better ? candidate : code;
     error = better ? found : error;
   }
 };
 
-template <bool kSaturate>
-inline WideInt least_error(const float* columns, WideInt first) {
-  LeastError least{columns, first, {}};
-  least.error = least.error_under<kSaturate>(first);
-  // Behind 0, the offsets of nvfp4.CODE_OFFSETS.
-  least.try_code<true>(first - 1);
-  for (const int offset : {1, 4, 5, 6}) least.try_code<kSaturate>(first + offset);
+// Codes that are tried after that of amax/6, as offsets from it: nvfp4.CODE_OFFSETS, and those of
+// ops/search_block_scales.py.
+constexpr int kFewOffsets[] = {-1, 1, 4, 5, 6};
+constexpr int kNeighbours[] = {-1, 1, -2, 2, -3, 3, -4, 4, -5, 5, -6, 6};
+
+template <bool kSaturate, class Offsets, class Weigh>
+inline WideInt least_error(
+    const float* columns, WideInt first, const Offsets& offsets, const Weigh& weigh) {
+  LeastError<Weigh> least{columns, weigh, first, {}};
+  least.error = least.template error_under<kSaturate>(first);
+  for (const int offset : offsets) {
+    if (offset < 0) least.template try_code<true>(first + offset);
+    else least.template try_code<kSaturate>(first + offset);
+  }
   return first < kNanCode ? least.code : first;
 }
 
-// From the scales of amax/6 to those of least error.
-inline void search_scales(const Columns& columns, BlockScales& scales) {
+// From the scales of amax/6 to the codes of least error.
+template <class Offsets, class Weigh>
+inline void search_codes(
+    const Columns& columns, const Offsets& offsets, const Weigh& weigh, BlockScales& scales) {
   // Only beyond the largest scale, or rounded down to few steps of the smallest ones.
   i32x16 most = abs_bits(columns.largest() * load<f32x16>(scales.reciprocal));
   const bool saturates =
@@ -133,8 +156,15 @@ inline void search_scales(const Columns& columns, BlockScales& scales) {
   for (int first = 0; first < kLanes; first += kWide) {
     const float* x = columns.at[0] + first;
     const WideInt code = load<WideInt>(scales.code + first);
-    store(scales.code + first, saturates ? least_error<true>(x, code) : least_error<false>(x, code));
+    store(
+        scales.code + first, saturates ? least_error<true>(x, code, offsets, weigh)
+                                       : least_error<false>(x, code, offsets, weigh));
   }
+}
+
+// Of activations.
+inline void search_scales(const Columns& columns, BlockScales& scales) {
+  search_codes(columns, kFewOffsets, EqualChannels{}, scales);
   fill_scales(load<i32x16>(scales.code), scales);
 }
 

@@ -1,0 +1,92 @@
+// arc::search_block_scales, arc::encode_blocks and arc::block_residuals on CPUs.
+#include "checked_ids.h"
+#include "cpu/dispatch.h"
+#include "cpu/parallel.h"
+#include "operators.h"
+
+namespace arc {
+namespace {
+
+constexpr int64_t kGrain = 1 << 14;  // values worth a thread
+
+int64_t grain_of(int64_t channels, int64_t rows_at_once) {
+  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, channels * rows_at_once));
+}
+
+void check_values(const TensorRef& values, const std::string& op) {
+  ARC_CHECK(values.dtype() == aoti_torch_dtype_float32() && values.dim() == 2 &&
+            values.size(1) % kBlock == 0,
+        op + ": values must be fp32 [N, K] with K a multiple of 16, got " + text(values.sizes()));
+}
+
+struct EncodeArguments {
+  EncodeArguments(const std::string& op, Arguments from)
+      : values(from.tensor()), scale(from.tensor()) {
+    check_values(values, op);
+    rows = values.size(0), blocks = values.size(1) / kBlock;
+    ARC_CHECK(scale.dtype() == aoti_torch_dtype_uint8() &&
+              scale.sizes() == (std::vector<int64_t>{rows, blocks}),
+          op + ": scale must be uint8 " + text({rows, blocks}) + ", got " + text(scale.sizes()));
+  }
+
+  // run(values, scale, row) for every row.
+  template <class Run>
+  void for_rows(const Run& run) const {
+    const float* x = values.data<float>();
+    const uint8_t* codes = scale.data<uint8_t>();
+    parallel_for(rows, grain_of(values.size(1), 1), [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) run(x + n * blocks * kBlock, codes + n * blocks, n);
+    });
+  }
+
+  TensorRef values, scale;
+  int64_t rows = 0, blocks = 0;
+};
+
+}  // namespace
+
+void search_block_scales_boxed(StableIValue* stack, uint64_t, uint64_t) {
+  const std::string op = "search_block_scales";
+  Arguments arguments(stack);
+  const TensorRef values = arguments.tensor(), importance = arguments.optional_tensor();
+  check_values(values, op);
+  const int64_t rows = values.size(0), channels = values.size(1), blocks = channels / kBlock;
+  ARC_CHECK(!importance || (importance.dtype() == aoti_torch_dtype_float32() &&
+                        importance.sizes() == std::vector<int64_t>{channels}),
+        op + ": importance must be fp32 " + text({channels}) + ", got " +
+            text(importance.sizes()));
+  TensorRef scale = empty_bytes(rows, blocks);
+  const float* x = values.data<float>();
+  const float* weights = importance ? importance.data<float>() : nullptr;
+  uint8_t* codes = scale.data<uint8_t>();
+  const int64_t groups = (rows + kSearchRows - 1) / kSearchRows;
+  parallel_for(groups, grain_of(channels, kSearchRows), [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin * kSearchRows; n < std::min(rows, end * kSearchRows); n += kSearchRows) {
+      kernels().search_weight_rows(
+          x + n * channels, std::min(kSearchRows, rows - n), blocks, weights, codes + n * blocks);
+    }
+  });
+  stack[0] = as_value(scale.release());
+}
+
+void encode_blocks_boxed(StableIValue* stack, uint64_t, uint64_t) {
+  const EncodeArguments given("encode_blocks", Arguments(stack));
+  TensorRef qdata = empty_bytes(given.rows, given.blocks * kBlockBytes);
+  uint8_t* out = qdata.data<uint8_t>();
+  given.for_rows([&](const float* values, const uint8_t* scale, int64_t n) {
+    kernels().encode_row(values, scale, given.blocks, out + n * given.blocks * kBlockBytes);
+  });
+  stack[0] = as_value(qdata.release());
+}
+
+void block_residuals_boxed(StableIValue* stack, uint64_t, uint64_t) {
+  const EncodeArguments given("block_residuals", Arguments(stack));
+  TensorRef residual = TensorRef::empty(given.values.sizes(), aoti_torch_dtype_float32());
+  float* out = residual.data<float>();
+  given.for_rows([&](const float* values, const uint8_t* scale, int64_t n) {
+    kernels().residual_row(values, scale, given.blocks, out + n * given.blocks * kBlock);
+  });
+  stack[0] = as_value(residual.release());
+}
+
+}  // namespace arc
