@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from arc_ao.calibration.data import Batch
 from arc_ao.calibration.work_dir import WorkDir
 from arc_ao.config import ARCConfig
+from arc_ao.eval.reference import Reference, record_references
 from arc_ao.methods.tuning.parameters import BYTES_PER_WEIGHT
-from arc_ao.methods.tuning.reference import Reference, record_references
 from arc_ao.methods.tuning.tune import TuningRecord, split, tune
 from arc_ao.progress import Progress
 from arc_ao.tensor import ARCTensor

@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from arc_ao.calibration.data import Batch, num_tokens
 from arc_ao.calibration.work_dir import WorkDir
+from arc_ao.eval.reference import Reference
 from arc_ao.inference import call_model, evaluation_mode, run_model, without_cache
 from arc_ao.methods.tuning.layer import InputCache
 from arc_ao.methods.tuning.parameters import Trainables, install, trainables, under_training
 from arc_ao.methods.tuning.record import TuningRecord
-from arc_ao.methods.tuning.reference import Reference
 from arc_ao.methods.tuning.schedule import PATIENCE, Schedule
 
 KEPT_ASIDE = 0.125  # of the batches, and at least

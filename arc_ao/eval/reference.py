@@ -6,6 +6,7 @@ of 49,152 makes 85 times larger. Where the head is quantized too, or the logits 
 product (soft caps), whole outputs are kept.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,12 @@ class Reference:
         kept = self.kept[rows]
         return kept if self.head is None else self.head(kept)
 
+    @torch.no_grad()
+    def measure(self, output: Any) -> float:
+        """The divergence as a number; inf where it is not finite."""
+        found = self.divergence(output).item()
+        return max(0.0, found) if math.isfinite(found) else math.inf
+
     def divergence(self, output: Any) -> Tensor:
         """Mean over tokens of the KL divergence, or of 1 - cosine, with a gradient: fp32 []."""
         value = model_output(output)
@@ -48,7 +55,7 @@ class Reference:
         if self.tokens is not None:
             value = value.index_select(0, self.tokens)
         if self.logits:
-            return _KLDivergence.apply(value, self)
+            return _KLDivergence.apply(_of_classes(value), self)
         reference = self.rows(slice(None)).float()
         return 1 - F.cosine_similarity(value.float(), reference, dim=-1).mean()
 
@@ -109,6 +116,11 @@ def _kept_tokens(value: Tensor, batch: Batch | Tensor) -> Tensor | None:
     return mask.to(value.device).flatten().nonzero()[:, 0]
 
 
+def _of_classes(logits: Tensor) -> Tensor:
+    """A single logit [T, 1] (a reranker) as those of a binary classifier, [T, 2]."""
+    return F.pad(logits, (1, 0)) if logits.shape[-1] == 1 else logits
+
+
 class _KLDivergence(torch.autograd.Function):
     """Mean KL(reference || softmax(logits)); the gradient, (q - p) / T, is made along with it, so
     that fp32 values exist of a chunk of tokens only."""
@@ -121,7 +133,7 @@ class _KLDivergence(torch.autograd.Function):
         step = max(1, CHUNK_ELEMENTS // logits.shape[1])
         for start in range(0, count, step):
             rows = slice(start, start + step)
-            log_p = reference.rows(rows).float().log_softmax(-1)
+            log_p = _of_classes(reference.rows(rows)).float().log_softmax(-1)
             log_q = logits[rows].float().log_softmax(-1)
             p = log_p.exp()
             terms = p * (log_p - log_q)
