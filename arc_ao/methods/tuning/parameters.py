@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from arc_ao.methods.tuning.layer import InputCache, TunedForward, TunedWeight
 
-LEARNING_RATE = 0.004  # of latents, in units of their block scales, a step
-GAIN_RATE = 0.0005  # of norms' parameters, over their root mean square
-BETAS = (0.9, 0.98)
+LEARNING_RATE = 0.006  # of latents, in units of their block scales, a step
+GAIN_RATE = 0.001  # of norms' parameters, over their root mean square
+BETAS = (0.9, 0.95)
 EPSILON = 1e-20  # gradients of a mean over tokens and a vocabulary are tiny
 BYTES_PER_WEIGHT = 17  # latent, moments, bf16 value, codes at the start and at the best
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")

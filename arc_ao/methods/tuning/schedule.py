@@ -4,7 +4,7 @@ import math
 import time
 from dataclasses import dataclass, field
 
-WARMUP_STEPS = 5
+WARMUP_STEPS = 8
 EVALUATIONS = 16  # in a run, if they take a tenth of the time at most
 PATIENCE = 6  # evaluations without a new best, after which a run ends
 

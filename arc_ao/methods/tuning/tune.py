@@ -23,7 +23,7 @@ from arc_ao.methods.tuning.parameters import Trainables, install, trainables, un
 from arc_ao.methods.tuning.record import TuningRecord
 from arc_ao.methods.tuning.schedule import PATIENCE, Schedule
 
-KEPT_ASIDE = 0.1  # of the batches, and at least
+KEPT_ASIDE = 0.125  # of the batches, and at least
 LEAST_ASIDE = 2
 BAR = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]"
 SAVE_SECONDS = 180  # between states in the work folder, and 20 times what saving took
