@@ -21,10 +21,10 @@ from arc_ao.eval.report import layer_report
 from arc_ao.inference import evaluation_mode
 from arc_ao.integrations.huggingface import load_model
 from arc_ao.real_models import REAL_MODELS, SMOLLM2, fetch_model
-from arc_ao.shipped import CALIBRATION_TEXT
+from arc_ao.shipped import MIXED_TEXT
 from arc_ao.summary import SOURCE
 
-CALIBRATION_TOKENS = 4096
+CALIBRATION_TOKENS = 16_384  # 10 for each input channel of the widest linear
 HELDOUT_TOKENS = 8192
 TIMED_TOKENS = 1536
 NEW_TOKENS = 48
@@ -60,7 +60,7 @@ def run_demo_llm(
     console.print(f"[bold]{title}[/bold], {REAL_MODELS[SMOLLM2].megabytes} MB unless cached")
     model, tokenizer = load_model(fetch_model(SMOLLM2, cache))
     console.print(getattr(model, SOURCE))
-    calibration = read_text(CALIBRATION_TEXT)
+    calibration = read_text(MIXED_TEXT)
     batches = text_batches(tokenizer, calibration, window=WINDOW, max_tokens=CALIBRATION_TOKENS)
     subject = Subject(model, tokenizer, max_tokens, TIMED_TOKENS)
     rows = [subject.reference_row()]
