@@ -39,8 +39,8 @@ ROUNDS: dict[str, tuple[Any, ...]] = {
 FISHER_RATES = (0.3, 1.0, 3.0)
 SEARCH_TOKENS = 4096
 SEARCH_BATCHES = 16  # weights are quantized anew for every batch and candidate
-# Sorting and searched scales each gain 3 to 12 % on real models; a gather and a search of scales cost
-# a few percent of a prompt.
+# Sorting and searched scales gain 3 to 12 % each on real models; a gather and a search of scales
+# cost a few percent of a prompt.
 EQUAL_WITHIN = 1.02
 # Run-time cost, by which equals are ranked: nothing, a gather of the residuals, a search
 # of every block's scale, a gather of the whole input.
