@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from arc_ao.methods.tuning.layer import InputCache, TunedForward, TunedWeight
 
-LEARNING_RATE = 0.006  # of latents, in units of their block scales, a step
+LEARNING_RATE = 0.004  # of latents, in units of their block scales, a step; 0.012 starts by harm
 GAIN_RATE = 0.001  # of norms' parameters, over their root mean square
 BETAS = (0.9, 0.95)
 EPSILON = 1e-20  # gradients of a mean over tokens and a vocabulary are tiny
