@@ -191,12 +191,14 @@ def directories(stories: Path, qwen: Path) -> dict[str, Path | None]:
 
 
 def identity(directory: Path) -> str:
-    """Short hash of a model's weights: a GGUF file, or a folder with one or with safetensors."""
+    """Short hash of a model's weights: a GGUF file, or a folder with one or model.safetensors.
+
+    Raises:
+        FileNotFoundError: neither is there.
+    """
     path = find_gguf(directory)
     if path is None:
-        path, *more = sorted(directory.glob("*.safetensors"))
-        if more:
-            raise ValueError(f"{directory}: expected one file of weights, found {1 + len(more)}")
+        path = directory / "model.safetensors"
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 

@@ -100,7 +100,7 @@ def test_a_model_that_does_not_load_fails_all_its_rows(record, monkeypatch):
 def test_peers_are_measured_like_our_rows_or_listed_with_their_error(record, monkeypatch):
     """A peer that returns the model's own outputs has no divergence; its budget is what it says."""
 
-    def outputs(peer, recipe, directory, kind, calibration, evaluation, work):
+    def outputs(peer, recipe, directory, kind, calibration, evaluation, work, *, timeout):
         if recipe == "broken":
             return SimpleNamespace(outputs=None, error="it asks for a GPU", info={})
         model, _ = record_models.load_model(directory)
