@@ -2,12 +2,15 @@
 
     WikiText-2   wikitext2/wiki.test.raw                     decoders, evaluation
     books        books/classic_books_val.txt.xz              decoders, evaluation
-    calibration  the text that the package ships             decoders, calibration
+    calibration  texts that the package ships                decoders, calibration: the book for
+                                                             small ones, the mixed for real ones
+    lm_eval/*.jsonl                                          decoders, tasks
     wiki lines   wikitext2/wiki.test.tokens                  encoder, both; see encoder.py
     STS-B        stsb/stsb-en-dev.csv                        encoder, evaluation
 
-The calibration text is the opening of the third of the four books in the validation file; only the
-two books before it are evaluated. Evaluation windows are spread evenly over a text.
+The calibration book is the opening of the third of the four books in the validation file; only the
+two books before it are evaluated. Evaluation windows are spread evenly over a text. For real models
+WikiText-2 is the literature's: its rows joined by blank lines.
 """
 
 import csv
@@ -64,21 +67,30 @@ def read_books(path: Path, calibration: str) -> str:
     return text if end < 0 else text[:end]
 
 
-def spread_windows(tokenizer: Any, text: str, *, window: int, tokens: int) -> list[Batch]:
-    """Batches of windows [<= 4, window] of token ids, spread evenly over a text.
+def joined_rows(text: str) -> str:
+    """A WikiText file as its perplexity is scored: rows (lines, with their ends) joined by blank
+    lines, rows of white space alone being empty."""
+    rows = [line + "\n" if line.strip() else "" for line in text.removesuffix("\n").split("\n")]
+    return "\n\n".join(rows)
+
+
+def spread_windows(
+    tokenizer: Any, text: str, *, window: int, tokens: int, batch: int = BATCH_WINDOWS
+) -> list[Batch]:
+    """Batches of windows [<= batch, window] of token ids, spread evenly over a text.
 
     Args:
-        tokens: of all windows together; a remainder below one window is left out.
+        tokens: of all windows together; a remainder below one window is left out. 0: all of it.
 
     Raises:
         ValueError: the text has fewer tokens.
     """
     windows = _windows(tokenizer, text, window)
-    count = max(1, tokens // window)
+    count = max(1, tokens // window) if tokens else max(1, len(windows))
     if len(windows) < count:
         raise ValueError(f"expected {tokens} tokens of text, found {len(windows) * window}")
     chosen = windows[[i * len(windows) // count for i in range(count)]]
-    return [_batch(ids) for ids in chosen.split(BATCH_WINDOWS)]
+    return [_batch(ids) for ids in chosen.split(batch)]
 
 
 def calibration_windows(

@@ -23,13 +23,17 @@ from arc_ao import (
     SVDQuantConfig,
     quantize_,
 )
+from arc_ao.config import RECIPES
 from arc_ao.cost import PLAIN_BITS, extra_cost
 from arc_ao.formats import mxfp4
 from arc_ao.methods.rotation import hadamard_signs, rotate
 from arc_ao.summary import arc_tensors
 from arc_ao.targets import FilterFn, collect_targets
 
-PLAIN, DEFAULT, OURS, BEST = "plain NVFP4", "arc_ao 6 %", "arc_ao 10 %", "arc_ao best 10 %"
+REFERENCE, PLAIN = "unquantized", "plain NVFP4"
+PAPER, DEFAULT, OURS = "ARC (paper) 10 %", "arc_ao 6 %", "arc_ao 10 %"
+BEST, TUNED = "arc_ao best 10 %", "arc_ao tuned 10 %"
+WEIGHT_ONLY = "W4A16, mse scales"  # activations in 16 bits: another format, not a rival
 UNQUANTIZED_BITS = 16.0  # of a target that a row leaves alone
 MXFP4_BITS = 4.25
 
@@ -50,7 +54,7 @@ def quantized_rows() -> dict[str, ARCConfig]:
         PLAIN: ARCConfig(budget=0.0, recipe="plain"),
         "plain, per tensor": ARCConfig(budget=0.0, recipe="plain", activation_scale="tensor"),
         "ARC (paper) 6 %": ARCConfig(budget=0.06, recipe="paper"),
-        "ARC (paper) 10 %": ARCConfig(budget=0.10, recipe="paper"),
+        PAPER: ARCConfig(budget=0.10, recipe="paper"),
         DEFAULT: ARCConfig(budget=0.06),
         OURS: ARCConfig(budget=0.10),
         "arc_ao best 6 %": ARCConfig(budget=0.06, recipe="best"),
@@ -104,6 +108,22 @@ def other_rows() -> dict[str, Row]:
     }
 
 
+def real_main_rows() -> dict[str, ARCConfig]:
+    """Main rows of real models; "tuned" where this version of the package has that recipe."""
+    rows = {name: row for name, row in quantized_rows().items() if name != "plain, per tensor"}
+    return rows | ({TUNED: ARCConfig(budget=0.10, recipe="tuned")} if "tuned" in RECIPES else {})
+
+
+def real_rows() -> dict[str, Row]:
+    """Every row that real models have unless more are asked for, the main ones first."""
+    other = other_rows()
+    return {
+        **real_main_rows(),
+        WEIGHT_ONLY: ARCConfig(activation="bf16", budget=0.0, recipe="balanced"),
+        **{name: other[name] for name in ("RTN, mse scales", "four over six", "GPTQ")},
+    }
+
+
 def all_rows() -> dict[str, Row]:
     """Every row, the main ones first."""
     return quantized_rows() | other_rows()
@@ -127,7 +147,8 @@ def quantize_row(
     """Quantize in place as a row says; ragged layers are padded.
 
     Returns:
-        "cost" (see `cost`), "cpu_seconds" of quantizing, and "applied", the resolved configs.
+        "cost" (see `cost`), "cpu_seconds" of quantizing by all threads together, and "applied",
+        the resolved configs.
     """
     config = ARCConfig(budget=0.0, recipe="plain") if isinstance(row, MXFP4) else row
     config = dataclasses.replace(config, pad_in_features=True)

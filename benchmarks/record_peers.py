@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from record_models import Subject
+from record_real import RealSubject
 
 from arc_ao.cost import PLAIN_BITS
 
 RUNNER = Path(__file__).parent / "peers" / "run.py"
+HOURS = {True: 12, False: 2}  # that a peer may take with a real model, with a small one
 
 
 def names() -> list[str]:
@@ -28,14 +30,16 @@ def measure(subject: Subject, method: str, seed: int, work: Path) -> dict[str, A
     from peers.run import peer_outputs
 
     peer, recipe = method.split(": ", 1)
+    real = isinstance(subject, RealSubject)
     found = peer_outputs(
         peer,
         recipe,
-        subject.directory,
+        subject.save() if real else subject.directory,
         subject.kind,
         subject.calibration(seed),
         subject.batches,
         work,
+        timeout=3600.0 * HOURS[real],
     )
     if found.outputs is None:
         raise RuntimeError(found.error)
@@ -48,5 +52,6 @@ def measure(subject: Subject, method: str, seed: int, work: Path) -> dict[str, A
     return {
         "cost": cost,
         "applied": found.info,
-        "metrics": subject.score(found.outputs, subject.reference),
+        "cpu_seconds": found.info.get("quantize_cpu_seconds"),
+        "metrics": subject.score(found.outputs, subject.expected()),
     }

@@ -1,16 +1,21 @@
 """The record as markdown and JSON, from its rows and claims alone."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from record_methods import PLAIN
 from record_metrics import KINDS
-from record_table import Line, closed, lines_by_model
+from record_real_report import ABOUT, table, task_table
+from record_table import NAMES, REAL_NAMES, Line, closed, lines_by_model
 
 COST_COLUMNS = ("extra channels", "bits/weight", "multiply-adds")
-DECODER_COLUMNS = ("ppl wiki", "KL wiki", "closed", "ppl books", "KL books", "closed")
-ENCODER_COLUMNS = ("1 - cosine", "closed", "STS-B")
 SQNR_COLUMNS = tuple(f"{kind} dB" for kind in KINDS)
+COLUMNS = {
+    "real": tuple(f"{c} {t}" for t in ("wiki", "books") for c in ("ppl", "KL", "closed", "top-1")),
+    "decoder": ("ppl wiki", "KL wiki", "closed", "ppl books", "KL books", "closed", *SQNR_COLUMNS),
+    "encoder": ("1 - cosine", "closed", "STS-B", *SQNR_COLUMNS),
+}
 
 EXPLANATION = """\
 Made by `python benchmarks/accuracy.py --all --data DIR` from the rows in `accuracy.json`.
@@ -18,9 +23,10 @@ Made by `python benchmarks/accuracy.py --all --data DIR` from the rows in `accur
 Every row is the mean over its seeds, which draw other calibration data; "+-" is half of largest
 less smallest. Costs are over plain NVFP4 (`arc_ao/cost.py`): extra channels over in_features, extra
 stored bits per weight, extra multiply-adds per token. "closed" is the share of plain NVFP4's
-divergence (KL per token in nats, 1 - cosine) that a row removes. SQNR is of linears' outputs, mean
-by kind. "STS-B" is Spearman's correlation times 100. "CPU s" is the time to
-quantize, of all threads together.
+divergence (KL per token in nats, 1 - cosine) that a row removes. "top-1" is the share of tokens
+whose likeliest follower is the unquantized model's. SQNR is of linears' outputs, mean by kind.
+"STS-B" is Spearman's correlation times 100. "CPU s" is the time to quantize, of all threads
+together; "commit" is that of the code which measured the row.
 """
 
 
@@ -37,8 +43,12 @@ def build_report(
     models = lines_by_model(rows)
     parts = ["# Accuracy record", EXPLANATION, _header(rows, header), "## Claims"]
     parts.append(_claims([c for c in verdicts if c["acceptance"]]))
-    parts += [_model(name, lines) for name, lines in models.items()]
-    parts += [f"## {name}\n\nAbsent: its files were not found." for name in header["absent_models"]]
+    absent = dict.fromkeys(header["absent_models"], "Absent: its files were not found.")
+    for name in NAMES:
+        if name in models:
+            parts.append(_model(name, models[name]))
+        elif name in absent:
+            parts.append(f"## {name}\n\n{absent[name]}")
     parts += ["## Relations", _claims([c for c in verdicts if not c["acceptance"]])]
     measured = [_stored(row) for row in rows if row["commit"] is not None]
     document = {"benchmark": "accuracy record", **header, "claims": verdicts, "rows": measured}
@@ -54,14 +64,10 @@ def to_json(document: dict[str, Any]) -> str:
 
 def _stored(row: dict[str, Any]) -> dict[str, Any]:
     """A row without the settings that the header has; "applied" holds its configs."""
+    if "settings" not in row:
+        return row  # of the last record
     weights = {"weights": row["settings"]["weights"]}
     return {k: v for k, v in row.items() if k != "settings"} | weights
-
-
-def table(headings: tuple[str, ...], body: list[list[str]], text: int = 1) -> str:
-    """A markdown table; the first `text` columns are words, the others are figures."""
-    rule = ["---" if i < text else "---:" for i in range(len(headings))]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [list(headings), rule, *body])
 
 
 def _header(rows: list[dict[str, Any]], header: dict[str, Any]) -> str:
@@ -72,7 +78,8 @@ def _header(rows: list[dict[str, Any]], header: dict[str, Any]) -> str:
         "machine": f"{header['cpu']}, {header['threads']} threads",
         "seeds": f"{header['seeds']} for the main rows, 1 for the others",
     }
-    facts |= {k.replace("_", " "): str(v) for k, v in header["settings"].items()}
+    for kind, key in (("real models", "real_settings"), ("other models", "settings")):
+        facts |= {f"{kind}: {k.replace('_', ' ')}": str(v) for k, v in header[key].items()}
     facts |= {name: str(count) for name, count in header["data_checks"].items()}
     return table(("", "run"), [[name, value] for name, value in facts.items()], text=2)
 
@@ -83,27 +90,32 @@ def _claims(verdicts: list[dict[str, Any]]) -> str:
 
 
 def _model(name: str, lines: dict[str, Line]) -> str:
-    encoder = name == "encoder"
-    columns = ENCODER_COLUMNS if encoder else DECODER_COLUMNS
-    headings = ("", *COST_COLUMNS, *columns, *SQNR_COLUMNS, "seeds", "CPU s")
     plain = lines.get(PLAIN)
-    measured = [line for line in lines.values() if line.measured]
-    figures = _encoder_cells if encoder else _decoder_cells
+    kind = _kind(name)
+    headings = ("", *COST_COLUMNS, *COLUMNS[kind], "seeds", "CPU s", "commit")
     body = [
         [
             line.method,
             *_costs(line),
-            *figures(line, plain),
-            *_sqnr(line),
+            *CELLS[kind](line, plain),
             str(max(map(len, line.values.values()))),
             _figure(line, "cpu_seconds", "{:.0f}"),
+            ", ".join(sorted(line.commits)),
         ]
-        for line in measured
+        for line in lines.values()
+        if line.measured
     ]
-    parts = [f"## {name}", table(headings, body)]
-    parts += [_tasks(lines)] if any(line.tasks for line in lines.values()) else []
+    parts = [f"## {name}", ABOUT.get(name, ""), table(headings, body)]
+    if any(line.tasks for line in lines.values()):
+        parts.append(task_table(lines) if kind == "real" else _tasks(lines))
+    elif kind == "real":
+        parts.append("lm-eval tasks: not measured.")
     parts += [_errors(lines), _not_run(lines)]
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(part.strip() for part in parts if part)
+
+
+def _kind(name: str) -> str:
+    return "real" if name in REAL_NAMES else "encoder" if name == "encoder" else "decoder"
 
 
 def _costs(line: Line) -> list[str]:
@@ -122,17 +134,35 @@ def _decoder_cells(line: Line, plain: Line | None) -> list[str]:
         figure = f"{text}/mean_kl"
         cells += [_figure(line, f"{text}/perplexity", "{:.2f}"), _spread(line, figure)]
         cells.append(_share(closed(line, plain, figure)))
+    return cells + _sqnr(line)
+
+
+def _real_cells(line: Line, plain: Line | None) -> list[str]:
+    cells = []
+    for text in ("wikitext2", "books"):
+        figure = f"{text}/mean_kl"
+        cells += [_figure(line, f"{text}/perplexity", "{:.2f}"), _spread(line, figure)]
+        cells.append(_share(closed(line, plain, figure)))
+        cells.append(_figure(line, f"{text}/top1", "{:.1%}"))
     return cells
 
 
 def _encoder_cells(line: Line, plain: Line | None) -> list[str]:
     figure = "wiki lines/one_minus_cosine"
     share = _share(closed(line, plain, figure))
-    return [_spread(line, figure), share, _figure(line, "STS-B/sts_spearman", "{:.2f}")]
+    score = _figure(line, "STS-B/sts_spearman", "{:.2f}")
+    return [_spread(line, figure), share, score, *_sqnr(line)]
 
 
 def _sqnr(line: Line) -> list[str]:
     return [_figure(line, f"sqnr/{kind}", "{:.2f}") for kind in KINDS]
+
+
+CELLS: dict[str, Callable[[Line, Line | None], list[str]]] = {
+    "real": _real_cells,
+    "decoder": _decoder_cells,
+    "encoder": _encoder_cells,
+}
 
 
 def _figure(line: Line, name: str, form: str) -> str:

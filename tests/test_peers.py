@@ -77,7 +77,7 @@ def test_embeddings_are_the_benchmark_s_own():
     """A peer's runner pools as accuracy.py does, padding left out."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64}
     model = BertModel(BertConfig(vocab_size=VOCAB_SIZE, num_attention_heads=2, **sizes)).eval()
-    pooled = torch.cat(peer_io.model_outputs(model, "encoder", batches(5)))
+    pooled = torch.cat(list(peer_io.model_outputs(model, "encoder", batches(5))))
     assert torch.equal(pooled, accuracy.embed(model, batches(5)))
 
 
@@ -93,10 +93,11 @@ def test_a_peer_s_outputs_are_handed_back(fake_peer, tmp_path):
     assert model.dtype == torch.bfloat16
     for output, batch in zip(found.outputs, batches(5), strict=True):
         with torch.no_grad():
-            expected = model(**batch).logits.float() * 2
-        assert output.dtype == torch.float32 and torch.equal(output, expected)
+            expected = model(**batch).logits * 2
+        assert output.dtype == torch.bfloat16 and torch.equal(output, expected)
     kept = sorted(path.name for path in (tmp_path / "work").iterdir())
     assert kept == [f"{PEER}-rtn-info", f"{PEER}-rtn-log"]
+    assert found.info["quantize_cpu_seconds"] >= 0
 
 
 @pytest.mark.parametrize(
@@ -141,6 +142,7 @@ def test_outputs_that_do_not_fit_are_refused(tmp_path, outputs, error):
     peer_io.write_outputs(files["outputs"], outputs)
     found = run.result(files, batches=2)
     assert found.outputs is None and found.error == error
+    assert not files["outputs"].exists()
 
 
 def test_an_environment_must_be_there_and_current(tmp_path):

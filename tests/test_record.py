@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from record_tools import WORDS, make_record
 from tiny_models import (
     byte_tokenizer,
     perturbed,
@@ -18,7 +19,6 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))  # scripts
 
-import accuracy  # noqa: E402
 import record_data  # noqa: E402
 import record_methods  # noqa: E402
 import record_metrics  # noqa: E402
@@ -30,39 +30,12 @@ from record_store import Job, Store  # noqa: E402
 from arc_ao import ARCConfig  # noqa: E402
 from arc_ao.eval.perplexity import evaluate_text  # noqa: E402
 
-WORDS = "".join(
-    f"Sentence {i} of a text that goes on for a while, {i * i} words.\n" for i in range(99)
-)
 LLAMA = "model.layers.0."
 
 
 @pytest.fixture
 def record(tmp_path, monkeypatch):
-    """run(*arguments) runs the record on a tiny Llama and returns its JSON; its folders."""
-    data, model = tmp_path / "data", tmp_path / "stories"
-    for name in ("wikitext2", "books", "lm_eval", "stsb"):
-        (data / name).mkdir(parents=True)
-    (data / record_data.WIKITEXT).write_text(WORDS)
-    with lzma.open(data / record_data.BOOKS, "wt") as file:
-        file.write(WORDS.replace("text", "book"))
-    rows = [{"query": f"{i} is", "choices": ["odd", "even"], "gold": 1 - i % 2} for i in range(4)]
-    task = data / "lm_eval" / "parity.jsonl"
-    task.write_text("\n".join(json.dumps(row) for row in rows))
-    calibration = tmp_path / "calibration.txt"
-    calibration.write_text(WORDS.replace("text", "play"))
-    monkeypatch.setattr(record_models, "CALIBRATION_TEXT", calibration)
-    tiny_llama(hidden_size=32, intermediate_size=40).save_pretrained(model)
-    byte_tokenizer().save_pretrained(model)
-    sizes = ["--tokens", "256", "--calibration-tokens", "128", "--task-limit", "2", "--seeds", "2"]
-    work, output = tmp_path / "work", tmp_path / "output"
-    paths = ["--data", data, "--stories", model, "--work", work, "--output", output]
-    command = ["--all", *map(str, paths), "--models", "stories260K", *sizes]
-
-    def run(*arguments: str) -> dict:
-        accuracy.main([*command, *arguments])
-        return json.loads((output / "accuracy.json").read_text())
-
-    return SimpleNamespace(run=run, work=work, output=output)
+    return make_record(tmp_path, monkeypatch)
 
 
 def test_a_run_goes_on_where_it_stopped(record, monkeypatch, capsys):
@@ -127,7 +100,7 @@ def test_a_model_that_does_not_load_fails_all_its_rows(record, monkeypatch):
 def test_peers_are_measured_like_our_rows_or_listed_with_their_error(record, monkeypatch):
     """A peer that returns the model's own outputs has no divergence; its budget is what it says."""
 
-    def outputs(peer, recipe, directory, kind, calibration, evaluation, work):
+    def outputs(peer, recipe, directory, kind, calibration, evaluation, work, *, timeout):
         if recipe == "broken":
             return SimpleNamespace(outputs=None, error="it asks for a GPU", info={})
         model, _ = record_models.load_model(directory)

@@ -1,15 +1,17 @@
 """What both sides of a peer's process share: files of batches and outputs, and a runner's main.
 
 Runs inside a peer's environment, too, where arc_ao is not installed: torch, transformers and
-safetensors alone. A batches file holds `00000.input_ids`, `00000.attention_mask`, `00001...`; an
-outputs file `00000`, `00001`, ... in the order of the batches.
+safetensors alone. A batches file holds `00000.input_ids`, `00000.attention_mask`, `00001...`; a
+folder of outputs one file a batch, `00000`, `00001`, ... in their order: logits are large, and both
+sides hold those of one batch.
 """
 
 import argparse
 import importlib.metadata
 import json
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +45,25 @@ def read_batches(path: Path) -> Batches:
     return list(batches.values())
 
 
-def write_outputs(path: Path, outputs: list[Tensor]) -> None:
-    """Write one tensor a batch."""
-    save_file({f"{i:05d}": tensor.contiguous() for i, tensor in enumerate(outputs)}, path)
+def write_outputs(folder: Path, outputs: Iterable[Tensor]) -> None:
+    """Write one file a batch into a folder, made anew."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for i, tensor in enumerate(outputs):
+        save_file({"output": tensor.contiguous()}, folder / f"{i:05d}")
 
 
-def read_outputs(path: Path) -> list[Tensor]:
-    """Inverse of `write_outputs`."""
-    return [tensor for _, tensor in sorted(load_file(path).items())]
+def output_files(folder: Path) -> list[Path]:
+    """Files of `write_outputs` in their order."""
+    return sorted(folder.iterdir())
+
+
+def read_outputs(folder: Path) -> Iterator[Tensor]:
+    """Inverse of `write_outputs`, once: one tensor at a time, whose file is then removed."""
+    for path in output_files(folder):
+        yield load_file(path)["output"]
+        path.unlink()
+    folder.rmdir()
 
 
 def load_model(directory: Path, kind: str) -> nn.Module:
@@ -63,11 +76,14 @@ def load_model(directory: Path, kind: str) -> nn.Module:
 
 
 @torch.no_grad()
-def model_outputs(model: nn.Module, kind: str, batches: Batches) -> list[Tensor]:
-    """Per batch, fp32: logits [B, T, V], or the mean hidden state over kept tokens [B, D]."""
-    if kind == "decoder":
-        return [model(**batch).logits.float() for batch in batches]
-    return [_embeddings(model, batch) for batch in batches]
+def model_outputs(model: nn.Module, kind: str, batches: Batches) -> Iterator[Tensor]:
+    """Per batch: logits [B, T, V] in the model's dtype, or the mean hidden state over kept tokens
+    [B, D] in fp32."""
+    for batch in batches:
+        if kind == "decoder":
+            yield model(**batch, use_cache=False).logits
+        else:
+            yield _embeddings(model, batch)
 
 
 def _embeddings(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -102,14 +118,17 @@ def run(quantize: Quantize, *packages: str) -> None:
     torch.manual_seed(args.seed)
     model = load_model(args.model, args.kind)
     facts: dict[str, Any] = {}
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     if args.recipe != UNQUANTIZED:
         model, facts = quantize(model, args.recipe, args.kind, read_batches(args.calibration))
-    seconds = time.perf_counter() - start
+    seconds = {
+        "quantize_seconds": time.perf_counter() - start,
+        "quantize_cpu_seconds": time.process_time() - cpu_start,
+    }
     write_outputs(args.outputs, model_outputs(model, args.kind, read_batches(args.evaluation)))
     names = ("torch", "transformers", *packages)
     versions = {name: importlib.metadata.version(name) for name in names}
-    info = {"recipe": args.recipe, "quantize_seconds": seconds, "versions": versions, **facts}
+    info = {"recipe": args.recipe, **seconds, "versions": versions, **facts}
     args.info.write_text(json.dumps(info), encoding="utf-8")
 
 

@@ -15,13 +15,16 @@ import copy
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 BENCHMARKS = Path(__file__).resolve().parent.parent
@@ -42,7 +45,7 @@ EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(Error|Exception|Warning|Exit|Interrupt
 class PeerResult:
     """What a peer made of a model: outputs, or the error that kept it from them."""
 
-    outputs: list[Tensor] | None  # per evaluation batch, fp32: logits [B, T, V], embeddings [B, D]
+    outputs: Iterator[Tensor] | None  # per evaluation batch, read once; see peer_io.model_outputs
     error: str | None
     info: dict[str, Any] = field(default_factory=dict)  # seconds, versions, bits per weight, note
 
@@ -94,7 +97,7 @@ def peer_outputs(
         for name in ("calibration", "evaluation", "outputs", "info", "log")
     }
     for name in ("outputs", "info"):
-        files[name].unlink(missing_ok=True)  # of an earlier run
+        _remove(files[name])  # of an earlier run
     peer_io.write_batches(files["calibration"], calibration)
     peer_io.write_batches(files["evaluation"], evaluation)
     command = [python, runner(peer), "--model", model_directory, "--kind", kind]
@@ -104,7 +107,17 @@ def peer_outputs(
     error = _run([str(part) for part in command], files["log"], timeout)
     for name in ("calibration", "evaluation"):
         files[name].unlink()
-    return PeerResult(None, error) if error else result(files, len(evaluation))
+    if error:
+        _remove(files["outputs"])
+        return PeerResult(None, error)
+    return result(files, len(evaluation))
+
+
+def _remove(path: Path) -> None:
+    """A file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
 
 
 def _run(command: list[str], log: Path, timeout: float) -> str | None:
@@ -132,16 +145,19 @@ def last_error(log: str) -> str:
 
 def result(files: dict[str, Path], batches: int) -> PeerResult:
     """What a process left that ended well, if it is what was asked for."""
-    if not (files["outputs"].is_file() and files["info"].is_file()):
+    if not (files["outputs"].is_dir() and files["info"].is_file()):
         return PeerResult(None, "ended without outputs")
     info = json.loads(files["info"].read_text(encoding="utf-8"))
-    outputs = peer_io.read_outputs(files["outputs"])
-    files["outputs"].unlink()  # logits are large
-    if len(outputs) != batches:
-        return PeerResult(None, f"expected {batches} outputs, found {len(outputs)}", info)
-    if not all(torch.isfinite(output).all() for output in outputs):
-        return PeerResult(None, "outputs that are not finite", info)
-    return PeerResult(outputs, None, info)
+    found = peer_io.output_files(files["outputs"])
+    error = None
+    if len(found) != batches:
+        error = f"expected {batches} outputs, found {len(found)}"
+    elif not all(torch.isfinite(load_file(path)["output"]).all() for path in found):
+        error = "outputs that are not finite"
+    if error:
+        _remove(files["outputs"])
+        return PeerResult(None, error, info)
+    return PeerResult(peer_io.read_outputs(files["outputs"]), None, info)
 
 
 def plain_config(fqns: list[str]) -> Any:
@@ -204,7 +220,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         row = {"error": found.error, **found.info}
         if found.outputs is not None:
-            value = torch.cat(found.outputs)
+            value = torch.cat(list(found.outputs))
             row["one_minus_cosine"] = accuracy.mean_cosine_distance(reference, value)
         _report(rows, f"{args.peer}: {recipe}", row)
     print(json.dumps({"benchmark": "peers", **accuracy.run_header(args), "rows": rows}))
