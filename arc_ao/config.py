@@ -10,7 +10,7 @@ from torchao.core.config import AOBaseConfig
 
 from arc_ao.formats.nvfp4 import BLOCK_SCALES, BLOCK_SIZE, BlockScale
 
-ChannelOrder = Literal["none", "amax"]
+ChannelOrder = Literal["none", "amax", "rms"]
 Granularity = Literal["block", "channel"]
 Selection = Literal["energy", "threshold"]
 Smooth = Literal["none", "flatten", "search", "awq"]
@@ -80,7 +80,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "activation": ("nvfp4", "bf16"),
     "recipe": tuple(RECIPES),
     "selection": ("energy", "threshold", None),
-    "channel_order": ("none", "amax", None),
+    "channel_order": ("none", "amax", "rms", None),
     "granularity": ("block", "channel", None),
     "weight_scale": ("amax", "mse", "four_over_six", "local_hessian", None),
     "rounding": ("nearest", "gptq", None),
@@ -112,7 +112,8 @@ class ARCConfig(AOBaseConfig):
             "paper" (ARCQuant as published: sorted channels, activation residuals, amax scales),
             "plain" (NVFP4 with amax scales; the budget is 0 unless numbers of channels are given).
         selection: rank blocks by the output error they remove ("energy") or by amax ("threshold").
-        channel_order: "none", or "amax" for a per-layer sort of the channels at run time.
+        channel_order: "none", or a per-layer sort of the channels at run time: "amax" by their
+            largest magnitude (the paper's), "rms" by their root mean square.
         granularity: activation residuals of 16-channel blocks ("block", nothing extra stored) or
             of single channels gathered into blocks ("channel").
         exchange_rate: worth of removed weight error against removed activation error; 0 keeps
@@ -339,7 +340,7 @@ class ARCConfig(AOBaseConfig):
         """False where only weights matter: no residuals, nothing to measure, dynamic scales."""
         resolved = self.resolve()
         static = resolved.activation_scale == "static"
-        is_sorted = resolved.channel_order == "amax"
+        is_sorted = resolved.channel_order != "none"
         transformed = self.smooth != "none" or self.rank > 0
         return self.has_residuals or static or is_sorted or transformed or self.needs_hessian
 

@@ -34,7 +34,7 @@ def expected_costs(configs: list[ARCConfig], tokens: int, batches: int) -> dict[
 
 def _of_config(config: ARCConfig, tokens: int, batches: int) -> dict[str, float]:
     searched, length = config.searched, tokens / max(1, batches)
-    orders = 2 if "channel_order" in searched else 1
+    orders = 3 if "channel_order" in searched else 1
     costs = {"convert": CONVERT}
     if tokens:
         costs["calibrate"] = tokens * (1 + OBSERVE * orders)

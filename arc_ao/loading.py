@@ -35,7 +35,7 @@ def empty_tensor(module: nn.Linear, config: ARCConfig) -> ARCTensor:
     def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.zeros(*shape, dtype=dtype, device=module.weight.device)
 
-    is_sorted = config.channel_order == "amax"
+    is_sorted = config.channel_order != "none"
     is_static = config.activation_scale == "static"
     return ARCTensor(
         zeros(module.out_features, stored * BLOCK_SIZE // 2, dtype=torch.uint8),

@@ -62,12 +62,17 @@ def test_statistics_equal_a_direct_computation(channels, dtype):
     assert statistics.order is None
 
 
-def test_sorted_blocks_have_the_errors_of_the_sorted_input():
-    """Error statistics for "amax" are those of x[:, order], put back into natural order."""
+SIZES = {"amax": lambda x: x.abs().amax(0), "rms": lambda x: x.double().square().sum(0)}
+
+
+@pytest.mark.parametrize("name, size", SIZES.items())
+def test_sorted_blocks_have_the_errors_of_the_sorted_input(name, size):
+    """Error statistics of an order are those of x[:, order], put back into natural order."""
     x = activations(16, 48)
-    statistics = observed(x, orders=BOTH).statistics("amax")
-    order = sorted_order(x.abs().amax(0))
+    statistics = observed(x, orders=("none", "amax", "rms")).statistics(name)
+    order = sorted_order(size(x))
     assert torch.equal(statistics.order, order) and order[0] == 3
+    assert not torch.equal(order, sorted_order(SIZES["amax" if name == "rms" else "rms"](x)))
     expected = torch.empty(48, dtype=torch.float64)
     expected[order.long()] = direct_error(x[:, order])
     torch.testing.assert_close(statistics.mean_error.double(), expected, rtol=1e-4, atol=1e-9)

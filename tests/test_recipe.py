@@ -61,10 +61,10 @@ def test_each_field_is_tried_on_the_winner_so_far(monkeypatch):
         return 1.0 - 0.2 * sum(getattr(config, k) == v for k, v in fields.items())
 
     winner, *rest = searched(monkeypatch, divergence)
-    before = {("none", "block", 1.0, "amax"), ("amax", "block", 1.0, "amax")}
+    before = {(order, "block", 1.0, "amax") for order in ("none", "amax", "rms")}
     rates = {("none", "block", rate, "mse") for rate in (0.0, 0.3, 1.0, 3.0, "inf")}
     assert key(winner) == ("none", "channel", 3.0, "mse")
-    assert {key(t) for t in rest} == before | rates and len(rest) == 7
+    assert {key(t) for t in rest} == before | rates and len(rest) == 8
     assert [t.divergence for t in rest] == sorted(t.divergence for t in rest)
     assert all(t.config.searched == [] for t in rest)
 
@@ -128,13 +128,13 @@ def test_gathering_is_not_tried_where_it_means_nothing(monkeypatch, field, value
 @pytest.mark.parametrize(
     "settings, count",
     [
-        ({}, 8),
-        ({"granularity": "block", "activation_block_scale": "amax"}, 6),
+        ({}, 9),
+        ({"granularity": "block", "activation_block_scale": "amax"}, 7),
         ({"channel_order": "none", "exchange_rate": 1.0, "activation_block_scale": "mse"}, 2),
         # Numbers of channels and thresholds leave nothing to exchange: no duplicates.
-        ({"num_act_channels": 16, "activation_block_scale": "amax"}, 3),
-        ({"num_weight_channels": 16, "activation_block_scale": "amax"}, 2),
-        ({"selection": "threshold", "activation_block_scale": "amax"}, 2),
+        ({"num_act_channels": 16, "activation_block_scale": "amax"}, 4),
+        ({"num_weight_channels": 16, "activation_block_scale": "amax"}, 3),
+        ({"selection": "threshold", "activation_block_scale": "amax"}, 3),
         ({"budget": 0.0}, 1),
     ],
 )

@@ -3,8 +3,8 @@
 Per input channel k, over all calibration tokens: the largest magnitude, the sum of squares, and
 the sum of squared errors of plain NVFP4 (one outer scale per token). The errors depend on which
 channels share a block, so they are kept for each channel order that the layer may get; for "amax"
-that is the order of the amax seen so far, which settles after the first batches. Buffers merge
-across batches (`observe`), copies (`merge`) and processes (`all_reduce`).
+and "rms" that is the order of what was seen so far, which settles after the first batches. Buffers
+merge across batches (`observe`), copies (`merge`) and processes (`all_reduce`).
 """
 
 from collections.abc import Callable, Sequence
@@ -40,12 +40,13 @@ class Increment:
     square_sum: Tensor
     error_sum: Tensor
     count: int
-    running_amax: Tensor  # amax so far, these tokens included: sets the "amax" order
+    running_amax: Tensor  # so far, these tokens included: sets the "amax" order
+    running_square: Tensor  # likewise, the sum of squares: sets the "rms" order
 
 
-def sorted_order(amax: Tensor) -> Tensor:
-    """Channels by decreasing amax (int32 [K]); equal ones stay in their natural order."""
-    return torch.argsort(amax, descending=True, stable=True).int()
+def sorted_order(size: Tensor) -> Tensor:
+    """Channels by decreasing size (int32 [K]); equal ones stay in their natural order."""
+    return torch.argsort(size, descending=True, stable=True).int()
 
 
 class ARCObserver(nn.Module):
@@ -53,7 +54,7 @@ class ARCObserver(nn.Module):
 
     Args:
         in_features: K.
-        channel_orders: orders in which blocks may be formed, of "none" and "amax".
+        channel_orders: orders in which blocks may be formed, of "none", "amax" and "rms".
         name: fully qualified name of the layer, for messages.
         sample_tokens: input rows that `keep` keeps in `sample`.
         sums_products: whether `keep` adds to `gram`. Neither is part of a state_dict.
@@ -98,22 +99,32 @@ class ARCObserver(nn.Module):
         amax = rows.abs().amax(0).float() if rows.shape[0] else torch.zeros_like(self.amax)
         running_amax = torch.maximum(self.amax, amax)
         square_sum, error_sum = torch.zeros_like(self.square_sum), torch.zeros_like(self.error_sum)
-        orders = [_order(running_amax, name) for name in self.channel_orders]
-        for chunk in rows.split(max(1, CHUNK_ELEMENTS // max(1, rows.shape[1]))):
+        chunks = rows.split(max(1, CHUNK_ELEMENTS // max(1, rows.shape[1])))
+        for chunk in chunks:
             square_sum += chunk.float().square().sum(0, dtype=torch.float64)
+        running_square = self.square_sum + square_sum
+        orders = [
+            channel_order_of(name, running_amax, running_square) for name in self.channel_orders
+        ]
+        for chunk in chunks:
             for total, (error, order) in zip(error_sum, channel_errors(chunk, orders), strict=True):
                 total += from_order(error.sum(0, dtype=torch.float64), order)
-        return Increment(amax, square_sum, error_sum, rows.shape[0], running_amax)
+        count = rows.shape[0]
+        return Increment(amax, square_sum, error_sum, count, running_amax, running_square)
 
     def orders(self) -> list[Tensor | None]:
         """The channel orders of the statistics, by what was seen so far."""
-        return [_order(self.amax, name) for name in self.channel_orders]
+        return [channel_order_of(name, self.amax, self.square_sum) for name in self.channel_orders]
 
     def fits(self, increment: Increment) -> bool:
         """Whether `measure` would give the same here, after what this layer saw so far."""
-        if "amax" not in self.channel_orders:
-            return True
-        return torch.equal(torch.maximum(self.amax, increment.amax), increment.running_amax)
+        amax = torch.maximum(self.amax, increment.amax)
+        square = self.square_sum + increment.square_sum
+        same = {
+            "amax": torch.equal(amax, increment.running_amax),
+            "rms": torch.equal(square, increment.running_square),
+        }
+        return all(same.get(order, True) for order in self.channel_orders)
 
     def add(self, increment: Increment) -> None:
         """Add what `measure` found, here or in an observer of the same input."""
@@ -174,7 +185,7 @@ class ARCObserver(nn.Module):
             amax=self.amax.float(),
             mean_square=(self.square_sum / self.count).float(),
             mean_error=(self.error_sum[index] / self.count).float(),
-            order=_order(self.amax, channel_order),
+            order=channel_order_of(channel_order, self.amax, self.square_sum),
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ARCObserver":
@@ -190,8 +201,10 @@ class ARCObserver(nn.Module):
         return f"in_features={self.amax.shape[0]}, channel_orders={self.channel_orders}"
 
 
-def _order(amax: Tensor, name: str) -> Tensor | None:
-    return sorted_order(amax) if name == "amax" else None
+def channel_order_of(name: str, amax: Tensor, square: Tensor) -> Tensor | None:
+    """Order int32 [K] by largest magnitudes or by (sums or means of) squares, None for "none"."""
+    by = {"amax": amax, "rms": square}.get(name)
+    return None if by is None else sorted_order(by)
 
 
 def channel_errors(

@@ -132,8 +132,10 @@ class CalibrationSession:
 
     def _channel_orders(self) -> tuple[str, ...]:
         config = self.config
-        if "channel_order" in config.searched or config.mixes:
+        if config.mixes:
             return ("none", "amax")
+        if "channel_order" in config.searched:
+            return ("none", "amax", "rms")
         return (config.resolve().channel_order,)
 
     def _unique(self, name: str) -> str:

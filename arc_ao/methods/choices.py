@@ -178,7 +178,7 @@ def _grid(
                 act_blocks=act_blocks,
                 weight_blocks=weight_blocks,
                 rank=config.rank,
-                ordered=config.channel_order == "amax",
+                ordered=config.channel_order != "none",
                 scaled=config.smooth != "none",
                 static=config.activation_scale == "static",
             )

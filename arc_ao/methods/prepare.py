@@ -16,8 +16,8 @@ from torch import Tensor
 from arc_ao.calibration.observer import (
     InputStatistics,
     channel_errors,
+    channel_order_of,
     from_order,
-    sorted_order,
 )
 from arc_ao.calibration.residual_gram import residual_gram
 from arc_ao.config import ARCConfig
@@ -264,7 +264,9 @@ def transformed_statistics(
         amax, mean_square = rows.abs().amax(0), rows.square().mean(0)
     order = None
     if statistics.order is not None:
-        order = statistics.order if config.smooth == "flatten" else sorted_order(amax)
+        order = statistics.order
+        if config.smooth != "flatten":
+            order = channel_order_of(config.channel_order, amax, mean_square)
     error = torch.zeros_like(amax)
     if config.has_residuals:  # what is chosen by it
         for some in rows.split(CHUNK_ROWS):

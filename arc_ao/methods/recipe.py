@@ -30,7 +30,7 @@ from arc_ao.methods.weights import LayerPlan, quantize_weight
 from arc_ao.progress import SILENT, Progress
 
 ROUNDS: dict[str, tuple[Any, ...]] = {
-    "channel_order": ("none", "amax"),
+    "channel_order": ("none", "amax", "rms"),
     "activation_block_scale": ("amax", "mse"),
     "exchange_rate": (0.0, 0.3, 1.0, 3.0, "inf"),
     "granularity": ("block", "channel"),
@@ -44,7 +44,7 @@ SEARCH_BATCHES = 16  # weights are quantized anew for every batch and candidate
 EQUAL_WITHIN = 1.02
 # Run-time cost, by which equals are ranked: nothing, a gather of the residuals, a search
 # of every block's scale, a gather of the whole input.
-RUN_TIME_COST = {"channel": 1, "block_scale": 2, "amax": 4}
+RUN_TIME_COST = {"channel": 1, "block_scale": 2, "sorted": 4}
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Trial:
         """Rank of the run-time cost that the candidate adds to plain NVFP4."""
         c = self.config
         return (
-            RUN_TIME_COST["amax"] * (c.channel_order == "amax")
+            RUN_TIME_COST["sorted"] * (c.channel_order != "none")
             + RUN_TIME_COST["channel"] * (c.granularity == "channel")
             + RUN_TIME_COST["block_scale"] * (c.activation_block_scale != "amax")
         )
@@ -113,10 +113,7 @@ def _values(field: str, config: ARCConfig) -> tuple[Any, ...]:
 
 
 def halve(runs: "_Runs", configs: list[ARCConfig]) -> list[Trial]:
-    """Trials of every config: on the first batches, and for the better half on all.
-
-    The configs share their channel order.
-    """
+    """Trials of every config: on the first batches, and for the better half on all."""
     few = first_batches(runs.count)
     firsts = runs.measure(configs, few)
     kept = sorted(firsts, key=lambda trial: trial.divergence)[: -(-len(firsts) // 2)]
