@@ -7,11 +7,8 @@
 namespace arc {
 namespace {
 
-constexpr int64_t kGrain = 1 << 14;  // values worth a thread
-
-int64_t grain_of(int64_t channels, int64_t rows_at_once) {
-  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, channels * rows_at_once));
-}
+constexpr int64_t kGrain = 1 << 14;      // values worth a thread, to encode
+constexpr int64_t kSearchedBlocks = 16;  // of kSearchRows rows: the same, to search
 
 void check_values(const TensorRef& values, const std::string& op) {
   ARC_CHECK(values.dtype() == aoti_torch_dtype_float32() && values.dim() == 2 &&
@@ -34,7 +31,8 @@ struct EncodeArguments {
   void for_rows(const Run& run) const {
     const float* x = values.data<float>();
     const uint8_t* codes = scale.data<uint8_t>();
-    parallel_for(rows, grain_of(values.size(1), 1), [&](int64_t begin, int64_t end) {
+    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, values.size(1)));
+    parallel_for(rows, grain, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) run(x + n * blocks * kBlock, codes + n * blocks, n);
     });
   }
@@ -59,11 +57,16 @@ void search_block_scales_boxed(StableIValue* stack, uint64_t, uint64_t) {
   const float* x = values.data<float>();
   const float* weights = importance ? importance.data<float>() : nullptr;
   uint8_t* codes = scale.data<uint8_t>();
+  // By blocks, too: a few long rows serve many threads.
+  const int64_t parts = (blocks + kSearchedBlocks - 1) / kSearchedBlocks;
   const int64_t groups = (rows + kSearchRows - 1) / kSearchRows;
-  parallel_for(groups, grain_of(channels, kSearchRows), [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin * kSearchRows; n < std::min(rows, end * kSearchRows); n += kSearchRows) {
+  parallel_for(groups * parts, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = i / parts * kSearchRows, b = i % parts * kSearchedBlocks;
       kernels().search_weight_rows(
-          x + n * channels, std::min(kSearchRows, rows - n), blocks, weights, codes + n * blocks);
+          x + n * channels + b * kBlock, std::min(kSearchRows, rows - n),
+          std::min(kSearchedBlocks, blocks - b), blocks,
+          weights ? weights + b * kBlock : nullptr, codes + n * blocks + b);
     }
   });
   stack[0] = as_value(scale.release());

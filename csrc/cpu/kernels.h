@@ -168,10 +168,11 @@ struct Kernels {
   void (*quantize_row)(
       const float* x, float inverse, int64_t blocks, BlockScale method,
       uint8_t* qdata, uint8_t* scale, float* residual);
-  // Scale codes of least squared error, [rows, blocks], of up to kSearchRows rows of values
-  // [rows, blocks * 16]; importance [blocks * 16] of the errors, or null.
+  // Scale codes of least squared error of up to kSearchRows rows, for some blocks of each. Values
+  // and codes are [rows, row_blocks * 16] and [rows, row_blocks]; importance [blocks * 16] or null.
   void (*search_weight_rows)(
-      const float* values, int64_t rows, int64_t blocks, const float* importance, uint8_t* scale);
+      const float* values, int64_t rows, int64_t blocks, int64_t row_blocks,
+      const float* importance, uint8_t* scale);
   // Row [blocks * 16] to codes [blocks * 8] under the scales of its blocks.
   void (*encode_row)(const float* values, const uint8_t* scale, int64_t blocks, uint8_t* qdata);
   // What those codes leave of it, [blocks * 16].

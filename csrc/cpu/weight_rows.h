@@ -9,22 +9,23 @@ namespace {
 // One block of up to 16 rows: a row in every lane, so that they share the importance of a channel.
 template <class Weigh>
 inline void search_block(
-    const float* values, int64_t rows, int64_t blocks, const Weigh& weigh, uint8_t* scale) {
+    const float* values, int64_t rows, int64_t row_blocks, const Weigh& weigh, uint8_t* scale) {
   Columns columns;
-  columns.fill(values, blocks * kLanes, splat(1.0f), rows);
+  columns.fill(values, row_blocks * kLanes, splat(1.0f), rows);
   BlockScales scales;
   make_scales(columns.largest(), kSixth, scales);
   search_codes(columns, kNeighbours, weigh, scales);
-  for (int64_t r = 0; r < rows; ++r) scale[r * blocks] = uint8_t(scales.code[r]);
+  for (int64_t r = 0; r < rows; ++r) scale[r * row_blocks] = uint8_t(scales.code[r]);
 }
 
 void search_weight_rows(
-    const float* values, int64_t rows, int64_t blocks, const float* importance, uint8_t* scale) {
+    const float* values, int64_t rows, int64_t blocks, int64_t row_blocks,
+    const float* importance, uint8_t* scale) {
   for (int64_t b = 0; b < blocks; ++b, values += kLanes, ++scale) {
     if (importance) {
-      search_block(values, rows, blocks, WeighedChannels{importance + b * kLanes}, scale);
+      search_block(values, rows, row_blocks, WeighedChannels{importance + b * kLanes}, scale);
     } else {
-      search_block(values, rows, blocks, EqualChannels{}, scale);
+      search_block(values, rows, row_blocks, EqualChannels{}, scale);
     }
   }
 }
