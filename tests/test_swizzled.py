@@ -158,7 +158,7 @@ def test_a_weight_takes_the_layout_of_the_gpu_that_it_moves_to(monkeypatch):
 @pytest.mark.parametrize("rows", [0, 5])
 def test_opcheck(rows):
     x = activations(rows, 40, torch.bfloat16)
-    arguments = (x, ids(1), ids(0), None, "token", None, None, False, "", "swizzled")
+    arguments = (x, ids(1), ids(0), None, "token", None, None, "amax", "", "swizzled")
     torch.library.opcheck(torch.ops.arc.quant_augment.default, arguments)
     left = augment(x, act_blocks=ids(1), weight_blocks=ids(0), scale_layout="swizzled")
     b = random_bytes(24, 8 * 6), torch.full(swizzled_shape(24, 6), ONE, dtype=torch.uint8)
@@ -198,7 +198,7 @@ def test_quantizations_into_different_layouts_are_not_shared():
     x = graph.placeholder("x")
     layouts = ("plain", "swizzled", "swizzled")
     target = torch.ops.arc.quant_augment.default
-    rest = (x, None, None, None, "token", None, None, False, "digest")
+    rest = (x, None, None, None, "token", None, None, "amax", "digest")
     graph.output([graph.call_function(target, (*rest, layout)) for layout in layouts])
     assert share_quantize(graph) == 1
 
