@@ -11,12 +11,12 @@ from arc_ao.methods.recipe import SEARCH_TOKENS, expected_runs
 
 OBSERVE = 0.65  # of a token, on top of its forward, for each kind of blocks
 DIFFERENTIATE = 5.4  # a token forward, again, backward, and the squares of errors
-ANALYSE = 8_500.0  # search of all weights' block scales
-QUANTIZE = 2_300.0  # all weights under known scales
+ANALYSE = 300.0  # search of all weights' block scales
+QUANTIZE = 600.0  # all weights under known scales
 RUN = 1.6  # a token through a model that is quantized on the fly
-GATHER = 6.0  # a token through every block for each of its Hessians
+GATHER = 4.5  # a token through every block for each of its Hessians
 ROUND = 30_000.0  # factors of all Hessians and error feedback
-CONVERT = 3_000.0
+CONVERT = 800.0
 
 
 def expected_costs(configs: list[ARCConfig], tokens: int, batches: int) -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, about {remaining} left"
+FORMAT = "{desc}{percentage:3.0f}%|{bar}| {elapsed}, about {remaining} left"
 Advance = Callable[[float], None]
 Item = TypeVar("Item")
 
