@@ -35,7 +35,7 @@ from arc_ao.inference import call_model, evaluation_mode, without_cache
 from arc_ao.memory import release_memory
 from arc_ao.progress import SILENT, Progress
 
-FISHER_TOKENS = 8192  # calibration tokens that are differentiated, at most
+FISHER_TOKENS = 4096  # calibration tokens that are differentiated, at most
 SEED = 0  # of the labels: the same call gives the same plans
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from arc_ao.calibration.input_gram import InputGram
 from arc_ao.calibration.input_sample import InputSample
 from arc_ao.formats import nvfp4
-from arc_ao.ops import quant_augment
+from arc_ao.ops import block_residuals, quant_augment
 
 CHUNK_ELEMENTS = 1 << 18  # bounds the temporaries of one update
 
@@ -224,9 +224,11 @@ def channel_errors(
 def plain_error(rows: Tensor) -> Tensor:
     """(x - Q(x))^2 of rows [M, K] in plain NVFP4 with one outer scale a row, fp32."""
     no_blocks = torch.empty(0, dtype=torch.int32, device=rows.device)
-    qdata, scale, outer = quant_augment(rows, no_blocks, no_blocks, None, "token")
-    values = nvfp4.decode(qdata, scale)[:, : rows.shape[1]].mul_(outer.unsqueeze(1))
-    return values.sub_(rows).square_()
+    _, scale, outer = quant_augment(rows, no_blocks, no_blocks, None, "token")
+    inverse = nvfp4.inverse_outer_scale(rows.abs().amax(1, keepdim=True).float())
+    values = nvfp4.to_blocks(rows.float() * inverse).flatten(1)
+    residual = block_residuals(values, scale)[:, : rows.shape[1]]
+    return residual.mul_(outer.unsqueeze(1)).square_()
 
 
 def from_order(values: Tensor, order: Tensor | None) -> Tensor:

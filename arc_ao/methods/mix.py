@@ -24,7 +24,7 @@ from arc_ao.methods.scores import group_worths
 from arc_ao.methods.weights import LayerPlan
 from arc_ao.progress import SILENT, Progress
 
-COMPARED_TOKENS = 8192  # on which mixes are compared; twice those of the recipe search
+COMPARED_TOKENS = 8192  # on which mixes are compared; four times those of the recipe search
 UNIFORM_TRIED = 4
 
 

@@ -37,7 +37,7 @@ ROUNDS: dict[str, tuple[Any, ...]] = {
 }
 # Where errors of both kinds are in the same units, by their Fisher information.
 FISHER_RATES = (0.3, 1.0, 3.0)
-SEARCH_TOKENS = 4096
+SEARCH_TOKENS = 2048
 SEARCH_BATCHES = 16  # weights are quantized anew for every batch and candidate
 # Sorting and searched scales gain 3 to 12 % each on real models; a gather and a search of scales
 # cost a few percent of a prompt.
@@ -235,7 +235,6 @@ def quantized_on_the_fly(
     def swap_out(module: nn.Linear, args: tuple, output: Tensor | None) -> None:
         if module in originals:  # not where an earlier pre-hook raised
             module.weight = originals.pop(module)
-            release_memory()
 
     by_module = {member.module: plans[member.name] for member in session.members}
     try:
