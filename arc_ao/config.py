@@ -19,6 +19,7 @@ Recipe = Literal["auto", "best", "tuned", "balanced", "paper", "plain"]
 WeightScale = Literal["amax", "mse", "four_over_six", "local_hessian"]
 Rounding = Literal["nearest", "gptq"]
 LayerWeights = Literal["equal", "fisher"]
+Hessian = Literal["inputs", "kronecker"]
 Step = Literal["prepare", "convert", "prepare_for_loading"]
 Activation = Literal["nvfp4", "bf16"]
 
@@ -35,6 +36,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "weight_scale": "mse",
         "activation_scale": "token",
         "rounding": "nearest",
+        "hessian": "inputs",
         "layer_weights": "equal",
     },
     "paper": {
@@ -46,6 +48,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "weight_scale": "amax",
         "activation_scale": "tensor",
         "rounding": "nearest",
+        "hessian": "inputs",
         "layer_weights": "equal",
     },
     "plain": {
@@ -57,12 +60,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         "weight_scale": "amax",
         "activation_scale": "token",
         "rounding": "nearest",
+        "hessian": "inputs",
         "layer_weights": "equal",
     },
 }
 SAMPLE_TOKENS = 2048  # input rows kept a layer where means over single channels do not suffice
 RECIPES["auto"] = RECIPES["balanced"] | {"layer_weights": "fisher"}
-RECIPES["best"] = RECIPES["auto"] | {"rounding": "gptq"}
+RECIPES["best"] = RECIPES["auto"] | {"rounding": "gptq", "hessian": "kronecker"}
 RECIPES["tuned"] = RECIPES["best"]  # and then trained (methods/tuning)
 SEARCHING = ("auto", "best", "tuned")
 SEARCHED_FIELDS = ("channel_order", "granularity", "exchange_rate", "activation_block_scale")
@@ -84,6 +88,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "granularity": ("block", "channel", None),
     "weight_scale": ("amax", "mse", "four_over_six", "local_hessian", None),
     "rounding": ("nearest", "gptq", None),
+    "hessian": ("inputs", "kronecker", None),
     "layer_weights": ("equal", "fisher", None),
     "activation_scale": ("token", "tensor", "static", "none", None),
     "activation_block_scale": (*BLOCK_SCALES, None),
@@ -132,6 +137,11 @@ class ARCConfig(AOBaseConfig):
         damping: what is added to the diagonal of GPTQ's Hessian, over the mean of that diagonal.
             None: by the number of tokens for each input channel, 0.1 to 1, or 0.02 where that
             leaves less error on tokens kept aside.
+        hessian: what GPTQ goes by: "inputs" (E[x x^T]), or "kronecker" (Kronecker factors of the
+            Fisher information: tokens weigh what their errors cost the model's output, and errors
+            of correlated outputs make up for each other, as in YAQA, arXiv 2505.22988;
+            methods/kronecker.py). The second takes a backward pass over all calibration data; the
+            three steps and the graph flow have "inputs".
         layer_weights: the worth of removed error in each layer: "equal" (errors relative to the
             layer's output), or "fisher" (by what they cost the model's output, its diagonal Fisher
             information; one backward pass a batch, calibration/fisher.py).
@@ -175,6 +185,7 @@ class ARCConfig(AOBaseConfig):
     activation_block_scale: BlockScale | None = None
     rounding: Rounding | None = None
     damping: float | None = None
+    hessian: Hessian | None = None
     layer_weights: LayerWeights | None = None
     smooth: Smooth = "none"
     rotation: int = 0
@@ -334,6 +345,12 @@ class ARCConfig(AOBaseConfig):
         """True where layers' weights are measured: blocks of all layers compete."""
         competing = self.has_residuals and not self.explicit
         return competing and self.resolve().layer_weights == "fisher"
+
+    @property
+    def kronecker(self) -> bool:
+        """True where weights are rounded by Kronecker factors of the Fisher information."""
+        resolved = self.resolve()
+        return resolved.rounding == "gptq" and resolved.hessian == "kronecker"
 
     @property
     def needs_calibration(self) -> bool:

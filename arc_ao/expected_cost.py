@@ -40,8 +40,9 @@ def _of_config(config: ARCConfig, tokens: int, batches: int) -> dict[str, float]
         costs["calibrate"] = tokens * (1 + OBSERVE * orders)
     if config.tunes:
         costs["reference"] = tokens
-    if config.weighs_layers:
-        costs["weigh layers"] = DIFFERENTIATE * min(tokens, FISHER_TOKENS)
+    if config.weighs_layers or config.kronecker:
+        some = tokens if config.kronecker else min(tokens, FISHER_TOKENS)
+        costs["weigh layers"] = DIFFERENTIATE * some
     if searched:
         count = max(1, min(batches, int(SEARCH_TOKENS // max(1, length))))
         runs = expected_runs(config, count)

@@ -31,9 +31,12 @@ def measure_session(
     config = session.config
     if batches is None:
         return []
-    if config.weighs_layers:
-        some = search_batches(batches, FISHER_TOKENS)
-        session.fisher = measure_fisher(model, session, some, progress=progress)
+    if config.weighs_layers or config.kronecker:
+        kronecker = config.kronecker
+        some = batches if kronecker else search_batches(batches, FISHER_TOKENS)
+        session.fisher = measure_fisher(
+            model, session, some, kronecker=kronecker, progress=progress
+        )
     if config.mixes:
         session.mix = search_mix(
             model, session, search_batches(batches, COMPARED_TOKENS), progress=progress
@@ -69,6 +72,7 @@ def plan_unsearched(session: CalibrationSession, config: ARCConfig) -> None:
     """Plan a session of the three-step flow, which has no data left to measure recipes on."""
     refuse_one_call(config)
     weighed = ["layer_weights"] if config.weighs_layers else []
+    weighed += ["hessian"] if config.kronecker else []
     if unmeasured := config.searched + weighed:
         warnings.warn(
             f"the three steps cannot measure {', '.join(unmeasured)}; taking those of "

@@ -13,6 +13,7 @@ void gelu_quant_augment_boxed(StableIValue* stack, uint64_t, uint64_t);
 void search_block_scales_boxed(StableIValue* stack, uint64_t, uint64_t);
 void encode_blocks_boxed(StableIValue* stack, uint64_t, uint64_t);
 void block_residuals_boxed(StableIValue* stack, uint64_t, uint64_t);
+void round_columns_boxed(StableIValue* stack, uint64_t, uint64_t);
 void nvfp4_gemm_boxed(StableIValue* stack, uint64_t, uint64_t);
 void attention_boxed(StableIValue* stack, uint64_t, uint64_t);
 void bf16_linear_boxed(StableIValue* stack, uint64_t, uint64_t);

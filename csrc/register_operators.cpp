@@ -26,6 +26,8 @@ const char* const kSchemas[] = {
     "search_block_scales(Tensor values, Tensor? importance) -> Tensor",
     "encode_blocks(Tensor values, Tensor scale) -> Tensor",
     "block_residuals(Tensor values, Tensor scale) -> Tensor",
+    "round_columns(Tensor values, Tensor feedback, Tensor lower, Tensor scale, Tensor? fine, "
+    "Tensor? outputs) -> (Tensor, Tensor, Tensor)",
     "nvfp4_gemm(Tensor a, Tensor a_scale, Tensor a_outer, Tensor b, Tensor b_scale, "
     "Tensor b_outer, Tensor? bias, ScalarType out_dtype, Tensor? act_blocks=None, "
     "int base_blocks=0, str b_layout=\"plain\") -> Tensor",
@@ -53,6 +55,7 @@ struct Registration {
         {"search_block_scales", search_block_scales_boxed},
         {"encode_blocks", encode_blocks_boxed},
         {"block_residuals", block_residuals_boxed},
+        {"round_columns", round_columns_boxed},
         {"nvfp4_gemm", nvfp4_gemm_boxed},
         {"attention", attention_boxed},
         {"bf16_linear", bf16_linear_boxed},

@@ -1,7 +1,8 @@
-// arc::search_block_scales, arc::encode_blocks and arc::block_residuals on CPUs.
+// arc::search_block_scales, encode_blocks, block_residuals and round_columns on CPUs.
 #include "checked_ids.h"
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
+#include "cpu/scratch.h"
 #include "operators.h"
 
 namespace arc {
@@ -39,6 +40,31 @@ struct EncodeArguments {
 
   TensorRef values, scale;
   int64_t rows = 0, blocks = 0;
+};
+
+struct RoundArguments {
+  explicit RoundArguments(Arguments from)
+      : values(from.tensor()), feedback(from.tensor()), lower(from.tensor()), scale(from.tensor()),
+        fine(from.optional_tensor()), outputs(from.optional_tensor()) {
+    ARC_CHECK(values.dtype() == aoti_torch_dtype_float32() && values.dim() == 2,
+              "round_columns: values must be fp32 [columns, rows], got " + text(values.sizes()));
+    columns = values.size(0), rows = values.size(1);
+    tiles = (rows + kTileWeightRows - 1) / kTileWeightRows;
+    check("feedback", feedback, {columns, rows});
+    check("lower", lower, {columns, columns});
+    check("scale", scale, {columns, rows});
+    if (fine) check("fine", fine, {columns, rows});
+    if (outputs) check("outputs", outputs, {tiles, kTileWeightRows, kTileWeightRows});
+  }
+
+  static void check(const char* name, const TensorRef& t, const std::vector<int64_t>& sizes) {
+    ARC_CHECK(t.dtype() == aoti_torch_dtype_float32() && t.sizes() == sizes,
+              std::string("round_columns: ") + name + " must be fp32 " + text(sizes) + ", got " +
+                  text(t.sizes()));
+  }
+
+  TensorRef values, feedback, lower, scale, fine, outputs;
+  int64_t columns = 0, rows = 0, tiles = 0;
 };
 
 }  // namespace
@@ -90,6 +116,36 @@ void block_residuals_boxed(StableIValue* stack, uint64_t, uint64_t) {
     kernels().residual_row(values, scale, given.blocks, out + n * given.blocks * kBlock);
   });
   stack[0] = as_value(residual.release());
+}
+
+void round_columns_boxed(StableIValue* stack, uint64_t, uint64_t) {
+  const RoundArguments given{Arguments(stack)};
+  const int64_t columns = given.columns, rows = given.rows;
+  TensorRef codes = empty_bytes(columns, rows);
+  TensorRef fine_codes = empty_bytes(given.fine ? columns : 0, rows);
+  TensorRef errors = TensorRef::empty({columns, rows}, aoti_torch_dtype_float32());
+  ColumnGroup group{};
+  group.columns = columns, group.rows = rows;
+  group.values = given.values.data<float>(), group.feedback = given.feedback.data<float>();
+  group.lower = given.lower.data<float>(), group.scale = given.scale.data<float>();
+  group.fine = given.fine ? given.fine.data<float>() : nullptr;
+  group.codes = codes.data<uint8_t>(), group.fine_codes = fine_codes.data<uint8_t>();
+  group.errors = errors.data<float>();
+  const float* outputs = given.outputs ? given.outputs.data<float>() : nullptr;
+  parallel_for(given.tiles, 1, [&](int64_t begin, int64_t end) {
+    Scratch<float> scratch(columns * kTileWeightRows);
+    ColumnGroup mine = group;
+    mine.scratch = scratch.data();
+    for (int64_t t = begin; t < end; ++t) {
+      mine.first = t * kTileWeightRows;
+      mine.count = std::min(kTileWeightRows, rows - mine.first);
+      mine.outputs = outputs ? outputs + t * kTileWeightRows * kTileWeightRows : nullptr;
+      kernels().round_columns(mine);
+    }
+  });
+  stack[0] = as_value(codes.release());
+  stack[1] = as_value(fine_codes.release());
+  stack[2] = as_value(errors.release());
 }
 
 }  // namespace arc

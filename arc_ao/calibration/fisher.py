@@ -33,6 +33,7 @@ from arc_ao.calibration.session import CalibrationSession, observer_on
 from arc_ao.eval.score import score_gradient
 from arc_ao.inference import call_model, evaluation_mode, without_cache
 from arc_ao.memory import release_memory
+from arc_ao.methods.output_factor import TILE_ROWS, tiled
 from arc_ao.progress import SILENT, Progress
 
 FISHER_TOKENS = 4096  # calibration tokens that are differentiated, at most
@@ -61,6 +62,14 @@ class OutputFisher:
     token_error: Tensor  # [orders, K], sum of t[m] (x - Q_i(x))[m, k]^2
     output: Tensor  # [N], sum of g[m, n]^2
     count: int = 0  # tokens of the model's output
+    # Of every call, in order, fp32 [M]: t. And of 64 outputs each, fp32 [ceil(N/64), 64, 64]: the
+    # sum of g^T g. Both for rounding by Kronecker factors alone (methods/kronecker.py).
+    tokens: list[Tensor] = field(default_factory=list)
+    products: Tensor | None = None
+
+    def drop_products(self) -> None:
+        """Let go what rounding is done with."""
+        self.tokens, self.products = [], None
 
     @property
     def total(self) -> Tensor:
@@ -83,16 +92,20 @@ def measure_fisher(
     session: CalibrationSession,
     batches: list[Batch | Tensor],
     *,
+    kronecker: bool = False,
     progress: Progress = SILENT,
 ) -> dict[str, OutputFisher] | None:
     """Fisher information at every linear of a calibrated session, by name.
 
     None, with a warning that says why, where the model cannot be differentiated.
+
+    Args:
+        kronecker: keep `tokens` and `products`, too: 4 bytes a token and 256 an output.
     """
     for group in session.groups():
         observer = session.observer_of(group)
         observer.statistics(observer.channel_orders[0])  # refuses a layer that saw no token
-    measured = {m.module: _Measured(m.module) for m in session.members}
+    measured = {m.module: _Measured(m.module, kronecker) for m in session.members}
     try:
         _run(model, measured, batches, progress)
     except torch.OutOfMemoryError:
@@ -132,7 +145,7 @@ def _run(
                     raise RuntimeError("its output does not depend on the linears differentiably")
                 torch.autograd.backward(value, gradient)
             for one in measured.values():
-                one.fisher.count += count
+                one.end_batch(count)
             del output, value, gradient
             release_memory()
 
@@ -199,25 +212,40 @@ class _Squares:
 class _Measured:
     """Sums for one linear, filled by the gradients of its outputs."""
 
-    def __init__(self, module: nn.Linear) -> None:
+    def __init__(self, module: nn.Linear, kronecker: bool) -> None:
         observer = observer_on(module)
-        self.module = module
+        self.module, self.kronecker = module, kronecker
+        self.arrived: list[Tensor] = []  # token factors of the batch's calls, the last one first
         zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64, device=module.weight.device)
         self.fisher = OutputFisher(
             zeros(module.in_features),
             zeros(len(observer.channel_orders), module.in_features),
             zeros(module.out_features),
         )
+        if kronecker:
+            tiles = -(-module.out_features // TILE_ROWS)
+            self.fisher.products = zeros(tiles, TILE_ROWS, TILE_ROWS).float()
 
     @torch.no_grad()
     def add(self, squares: _Squares, gradient: Tensor) -> None:
         """Add one call of the linear."""
-        g2 = gradient.reshape(-1, gradient.shape[-1]).float().square()  # [M, N]
+        g = gradient.reshape(-1, gradient.shape[-1]).float()  # [M, N]
+        g2 = g.square()
         by_token = g2.sum(1)
         self.fisher.output += g2.sum(0)
         self.fisher.token_square += by_token @ squares.square
         for total, (error, order) in zip(self.fisher.token_error, squares.errors, strict=True):
             total += from_order(by_token @ error, order)
+        if self.kronecker:
+            self.arrived.append(by_token)
+            tiles = tiled(g).movedim(1, 0)  # [T, M, 64]
+            self.fisher.products.baddbmm_(tiles.mT, tiles)
+
+    def end_batch(self, count: int) -> None:
+        """All gradients of a batch of so many tokens have arrived."""
+        self.fisher.count += count
+        self.fisher.tokens += reversed(self.arrived)
+        self.arrived.clear()
 
 
 @contextmanager

@@ -56,12 +56,16 @@ class Gram(InputGram):
         self.held.spread_over(tokens)
 
     @torch.no_grad()
-    def add(self, x: Tensor, keep: Tensor | None = None) -> None:
-        """Add the tokens of x [*, K], those of a mask `keep` [*] where its shape fits."""
+    def add(
+        self, x: Tensor, keep: Tensor | None = None, *, weights: Tensor | None = None
+    ) -> None:
+        """Add the tokens of x [*, K], those of a mask `keep` [*] where its shape fits; `weights` as
+        InputGram.add has them."""
         rows = x.reshape(-1, x.shape[-1])
         if keep is not None and keep.shape == x.shape[:-1]:
-            rows = rows[keep.reshape(-1).bool()]
-        super().add(rows)
+            kept = keep.reshape(-1).bool()
+            rows, weights = rows[kept], None if weights is None else weights[kept]
+        super().add(rows, weights=weights)
 
     def met(self, rows: Tensor) -> Tensor:
         """rows [M, K] as the weights meet them: fp32 [M, A]."""

@@ -27,25 +27,35 @@ class HeldOut(InputSample):
         """Forget all rows."""
         super().clear()
         self.passed = 0
+        self.weights: list[Tensor] = []
 
     def spread_over(self, tokens: int) -> None:
         """Before the first row: take the share out of all of so many tokens."""
         self.stride = max(STRIDE, -(-tokens // self.tokens))
 
     @torch.no_grad()
-    def split(self, rows: Tensor) -> Tensor:
-        """Keep the share of rows [M, K] and return the others."""
+    def split(self, rows: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Keep the share of rows [M, K], with their weights [M], and return the others."""
         first, self.passed = self.passed, self.passed + rows.shape[0]
         groups = range(first // self.stride, -(-self.passed // self.stride))
         places = (self._place(group) - first for group in groups)
         inside = [place for place in places if 0 <= place < rows.shape[0]]
         chosen = inside[: self.tokens - self.kept]
         if not chosen:
-            return rows
+            return rows, weights
         self._keep(rows[chosen])
         others = torch.ones(rows.shape[0], dtype=torch.bool)
         others[chosen] = False
-        return rows[others.to(rows.device)]
+        others = others.to(rows.device)
+        if weights is None:
+            return rows[others], None
+        self.weights.append(weights[chosen])
+        return rows[others], weights[others]
+
+    def row_weights(self) -> Tensor | None:
+        """Weights [kept] of the rows; None unless all came with theirs."""
+        found = torch.cat(self.weights) if self.weights else None
+        return found if found is not None and found.shape[0] == self.kept else None
 
     def _place(self, group: int) -> int:
         return group * self.stride + ((group + 1) * GOLDEN % 2**32 * self.stride >> 32)

@@ -39,13 +39,13 @@ class InputGram:
         self._weight = 0.0  # of all rows in the sum
 
     @torch.no_grad()
-    def add(self, x: Tensor) -> None:
-        """Add the rows of x [*, K]."""
+    def add(self, x: Tensor, *, weights: Tensor | None = None) -> None:
+        """Add the rows of x [*, K]; `weights` fp32 [rows] instead of those by their energies."""
         rows = x.detach().reshape(-1, x.shape[-1])
         self.count += rows.shape[0]
-        rows = self.held.split(rows)
+        rows, weights = self.held.split(rows, weights)
         self.tokens += rows.shape[0]
-        weights = token_weights(rows)
+        weights = token_weights(rows) if weights is None else weights
         for chunk, weight in zip(row_chunks(rows), row_chunks(rows, weights), strict=True):
             self.add_products(self.met(chunk) * weight.sqrt().unsqueeze(1))
         self._weight += weights.sum(dtype=torch.float64).item()

@@ -116,6 +116,7 @@ def quantize_sequentially(
     convert: Callable[[list[Member], Gram | None], dict[str, RoundingNote]],
     finish: Callable[[Member, ARCTensor], None],
     *,
+    token_weights: Callable[[list[Member]], list[Tensor] | None] = lambda group: None,
     work: WorkDir | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, RoundingNote]:
@@ -127,6 +128,8 @@ def quantize_sequentially(
         convert: quantizes the linears of one input in place, given the sum of its products, or
             None where their plan needs none; how each was rounded, by name.
         finish: puts one quantized weight in its place.
+        token_weights: of the tokens that the linears of one input read, fp32 [rows] for every call
+            in the order of calls; None, or a call of other rows: by their energies.
         work: finished blocks to take over, and where to keep new ones.
 
     Returns:
@@ -147,7 +150,9 @@ def quantize_sequentially(
             else:
                 notes = {}
                 for group in inside:
-                    notes |= convert(group, chain.gather(index, group[0].module, plan_of(group[0])))
+                    first, weights = group[0], token_weights(group)
+                    gram = chain.gather(index, first.module, plan_of(first), weights)
+                    notes |= convert(group, gram)
                 if work is not None:
                     work.save_block(index, {m.name: m.module.weight.data for m in members}, notes)
             all_notes |= notes
@@ -174,7 +179,9 @@ class _Chain:
             (part for part in parts if part), key=lambda part: rank.get(part[0].module, last)
         )
 
-    def gather(self, index: int, linear: nn.Module, plan: LayerPlan) -> Gram | None:
+    def gather(
+        self, index: int, linear: nn.Module, plan: LayerPlan, weights: list[Tensor] | None
+    ) -> Gram | None:
         """Products of the inputs of `linear` over all batches, where its plan needs them.
 
         Padding that a batch's attention_mask drops does not count.
@@ -183,10 +190,13 @@ class _Chain:
             return None
         tokens = self.times.get(linear, 0) * sum(num_tokens(batch) for batch in self.batches)
         gram, left, mask = Gram(plan, tokens), 0, None
+        calls = iter(weights or ())
 
         def see(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             nonlocal left
-            gram.add(args[0] if args else kwargs["input"], mask)
+            x, some = args[0] if args else kwargs["input"], next(calls, None)
+            fits = some is not None and some.numel() * x.shape[-1] == x.numel()
+            gram.add(x, mask, weights=some if fits else None)
             left -= 1
             if left == 0:
                 raise _Seen

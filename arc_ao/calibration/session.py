@@ -93,8 +93,9 @@ class CalibrationSession:
         return observer_on(group[0].module)
 
     def fisher_of(self, group: list[Member], channel_order: str) -> list[Any] | None:
-        """Of every linear of a group, for blocks formed in `channel_order`; None: not measured."""
-        if self.fisher is None:
+        """Of every linear of a group, for blocks formed in `channel_order`; None: layers
+        weigh the same."""
+        if self.fisher is None or not self.config.weighs_layers:
             return None
         index = self.observer_of(group).channel_orders.index(channel_order)
         return [self.fisher[member.name].of_order(index) for member in group]

@@ -30,8 +30,9 @@ from torch import Tensor
 
 from arc_ao.formats import nvfp4
 from arc_ao.methods.scale_search import choose_scales
+from arc_ao.methods.output_factor import OutputFactor, tile_chunks
 from arc_ao.methods.weights import LayerPlan, assemble, in_order
-from arc_ao.ops import block_residuals
+from arc_ao.ops import block_residuals, round_columns
 from arc_ao.tensor import ARCTensor
 
 COLUMNS = 128  # rounded before their feedback to the other groups is one matrix product
@@ -164,31 +165,42 @@ def _factorize(hessian: Tensor, diagonal: Tensor, damping: Tensor) -> Tensor | N
     return None
 
 
-def round_weight(weight: Tensor, plan: LayerPlan, rounding: Rounding) -> ARCTensor:
-    """Quantize weight [N, K] as planned, with fixed scales and error feedback."""
+def round_weight(
+    weight: Tensor, plan: LayerPlan, rounding: Rounding, outputs: OutputFactor | None = None
+) -> ARCTensor:
+    """Quantize weight [N, K] as planned, with fixed scales and error feedback: among the columns
+    of a row, and with `outputs` among the rows of a tile, too."""
     inverse = nvfp4.inverse_outer_scale(plan.amax)
     columns = rounding.order.shape[0]
     qdata, scales = [], []
-    for rows in nvfp4.row_chunks(weight.new_empty((weight.shape[0], columns)), CHUNK_ELEMENTS):
+    for rows in tile_chunks(weight.shape[0], columns, CHUNK_ELEMENTS):
         residual = plan.prepared.residual(weight, rows)
         target = in_order(residual, plan.channel_order) * inverse  # [n, K16]
         if plan.act_channels is not None:
             target = torch.cat([target, target.index_select(1, plan.act_channels)], dim=1)
-        codes, scale = _round_rows(target, plan, rounding)
+        some = None if outputs is None else outputs.of_rows(rows)
+        codes, scale = _round_rows(target, plan, rounding, some)
         qdata.append(nvfp4.pack(codes))
         scales.append(nvfp4.encode_e4m3(scale))
     return assemble(weight, plan, torch.cat(qdata), torch.cat(scales))
 
 
-def _round_rows(target: Tensor, plan: LayerPlan, rounding: Rounding) -> tuple[Tensor, Tensor]:
+def _round_rows(
+    target: Tensor, plan: LayerPlan, rounding: Rounding, outputs: OutputFactor | None
+) -> tuple[Tensor, Tensor]:
     """Codes [n, A + 16 Rw] and block scales [n, A/16 + Rw] of outer-scaled rows target [n, A]."""
     parts = [
         _scales(nvfp4.to_blocks(target[rows]), plan, rounding.local)
         for rows in nvfp4.row_chunks(target, SCALE_ELEMENTS)
     ]
     scale, fine = (torch.cat(part) for part in zip(*parts, strict=True))
-    codes, fine_codes = _round_columns(target, scale, fine, plan.weight_blocks, rounding)
-    return torch.cat([codes, fine_codes], dim=1), torch.cat([scale, fine], dim=1)
+    if outputs is None:
+        codes = _round_columns(target, scale, fine, plan.weight_blocks, rounding, None)
+    else:
+        ordered = (t.index_select(0, outputs.order) for t in (target, scale, fine))
+        codes = _round_columns(*ordered, plan.weight_blocks, rounding, outputs.upper)
+        codes = torch.empty_like(codes).index_copy_(0, outputs.order, codes)
+    return codes, torch.cat([scale, fine], dim=1)
 
 
 def _scales(blocks: Tensor, plan: LayerPlan, local: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,63 +214,61 @@ def _scales(blocks: Tensor, plan: LayerPlan, local: Tensor) -> tuple[Tensor, Ten
 
 
 def _round_columns(
-    target: Tensor, scale: Tensor, fine: Tensor, chosen: Tensor, rounding: Rounding
-) -> tuple[Tensor, Tensor]:
-    """Codes of target [n, A] and of the residual blocks `chosen`, the error of both fed back.
+    target: Tensor,
+    scale: Tensor,
+    fine: Tensor,
+    chosen: Tensor,
+    rounding: Rounding,
+    outputs: Tensor | None,
+) -> Tensor:
+    """Codes [n, A + 16 Rw] of target [n, A] under scales [n, A/16] and, of the residual blocks
+    `chosen`, [n, Rw]; the error of both is fed back.
 
     Columns are rows here: what one step reads lies together.
     """
-    lower, columns = rounding.lower, rounding.order.tolist()
-    grid = _Grid(scale, fine, chosen)
-    values = target.T[rounding.order]  # [A, n]
-    if lower is None:
-        for column, value in zip(columns, values, strict=True):
-            grid.round(column, value)
-        return grid.codes.T, grid.fine_codes.T
-    errors, inverse = torch.zeros_like(values), lower.diagonal().reciprocal().tolist()
-    for stop in range(len(columns), 0, -COLUMNS):
-        start = max(0, stop - COLUMNS)
-        feedback = lower[stop:, start:stop].T @ errors[stop:]  # [COLUMNS, n]
-        for i in range(stop - 1, start - 1, -1):
-            value = values[i] + feedback[i - start] * inverse[i]
-            torch.sub(values[i], grid.round(columns[i], value), out=errors[i])
-            feedback[: i - start].addr_(lower[i, start:i], errors[i])
-    return grid.codes.T, grid.fine_codes.T
+    order, columns = rounding.order, rounding.order.shape[0]
+    device = torch.device("cpu") if outputs is not None else target.device  # whose steps are small
+    values = target.T[order].to(device)  # [A, n]
+    grid = _Grid(scale.to(device), fine.to(device), chosen.to(device))
+    lower = rounding.lower
+    lower = torch.eye(columns) if lower is None else lower
+    lower, order = lower.to(device), order.to(device)
+    outputs = None if outputs is None else outputs.to(device)
+    codes = torch.empty_like(values, dtype=torch.uint8)
+    fine_codes = codes.new_empty((fine.shape[1] * nvfp4.BLOCK_SIZE, codes.shape[1]))
+    errors = torch.zeros_like(values)
+    for stop in range(columns, 0, -COLUMNS):
+        group = slice(max(0, stop - COLUMNS), stop)
+        feedback = lower[stop:, group].T @ errors[stop:]  # [COLUMNS, n]
+        under, fine_under = grid.of_columns(order[group])
+        codes[order[group]], fines, errors[group] = round_columns(
+            values[group], feedback, lower[group, group], under, fine_under, outputs
+        )
+        if fine_under is not None:
+            has, places = grid.residuals(order[group])
+            fine_codes[places] = fines[has]
+    return torch.cat([codes, fine_codes]).T.to(target.device)
 
 
 class _Grid:
-    """Rounds columns [n] under scales [n, A/16]; those of `chosen` blocks twice, under `fine`.
-
-    Attributes:
-        codes: uint8 [A, n]; fine_codes: uint8 [16 Rw, n], of the second rounding.
-    """
+    """Scales [n, A/16] of columns, and of those in `chosen` blocks their residuals', [n, Rw]."""
 
     def __init__(self, scale: Tensor, fine: Tensor, chosen: Tensor) -> None:
-        rows, blocks = scale.shape
-        self.scales, self.fine_scales = _with_inverse(scale), _with_inverse(fine)
-        self.stage = {block: i for i, block in enumerate(chosen.tolist())}
-        every_code = torch.arange(16, dtype=torch.uint8, device=scale.device)
-        self.values = nvfp4.decode_e2m1(every_code)
-        self.codes = every_code.new_empty((blocks * nvfp4.BLOCK_SIZE, rows))
-        self.fine_codes = every_code.new_empty((len(self.stage) * nvfp4.BLOCK_SIZE, rows))
+        self.scale, self.fine = scale.T.contiguous(), fine.T.contiguous()  # [blocks, n]
+        self.stage = torch.full((self.scale.shape[0],), -1, device=scale.device)
+        self.stage[chosen.long()] = torch.arange(len(chosen), device=scale.device)
 
-    def round(self, column: int, value: Tensor) -> Tensor:
-        """Keep the codes of a column and return what they stand for."""
-        block, within = divmod(column, nvfp4.BLOCK_SIZE)
-        self.codes[column], rounded = self._nearest(value, *self.scales[block])
-        if block not in self.stage:
-            return rounded
-        stage = self.stage[block]
-        codes, correction = self._nearest(value - rounded, *self.fine_scales[stage])
-        self.fine_codes[stage * nvfp4.BLOCK_SIZE + within] = codes
-        return rounded + correction
+    def of_columns(self, columns: Tensor) -> tuple[Tensor, Tensor | None]:
+        """fp32 [C, n] each: scales, and those of residuals, 0 for columns without; None if all."""
+        blocks = columns // nvfp4.BLOCK_SIZE
+        stage = self.stage[blocks]
+        if not (stage >= 0).any():
+            return self.scale[blocks], None
+        fine = self.fine[stage.clamp(min=0)]
+        return self.scale[blocks], fine.masked_fill_((stage < 0).unsqueeze(1), 0)
 
-    def _nearest(self, value: Tensor, scale: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-        codes = nvfp4.encode_e2m1(value * inverse)
-        return codes, self.values[codes.int()] * scale
-
-
-def _with_inverse(scale: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Scales [n] of each block with their reciprocals, of scales [n, blocks]."""
-    by_block = scale.T.contiguous()
-    return list(zip(by_block, by_block.reciprocal(), strict=True))
+    def residuals(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of the columns have a residual, bool [C], and where the codes of those go."""
+        stage = self.stage[columns // nvfp4.BLOCK_SIZE]
+        has = stage >= 0
+        return has, stage[has] * nvfp4.BLOCK_SIZE + columns[has] % nvfp4.BLOCK_SIZE

@@ -27,6 +27,7 @@ from arc_ao.calibration.session import CalibrationSession, observer_on
 from arc_ao.methods.few_tokens import RoundingNote, warn_of_few_tokens
 from arc_ao.methods.gptq import Rounding, prepare_rounding, round_weight
 from arc_ao.methods.held_error import held_error, held_rows
+from arc_ao.methods.output_factor import OutputFactor
 from arc_ao.methods.rotation import rotate
 from arc_ao.methods.weights import LayerPlan, in_order, quantize_weight, rows_of
 from arc_ao.tensor import ARCTensor
@@ -81,18 +82,22 @@ class GroupRounding:
         self.rounding: Rounding | None = None
         self.rows: Tensor | None = None  # kept aside
 
-    def quantize(self, weight: Tensor, plan: LayerPlan) -> Rounded:
+    def quantize(
+        self, weight: Tensor, plan: LayerPlan, outputs: OutputFactor | None = None
+    ) -> Rounded:
         """Weight [N, K] under its plan: by GPTQ or to nearest, as the rows kept aside decide."""
         if self.gram is not None and plan.config.needs_hessian:
             self._fit(weight, plan)
-        tensor, channels = quantized(weight, plan, self.rounding), weight.shape[1]
+        tensor, channels = quantized(weight, plan, self.rounding, outputs), weight.shape[1]
         if self.rounding is None or self.rounding.lower is None:
             return Rounded(tensor, RoundingNote("nearest", None, self.tokens, channels))
         kept = "gptq"
         if self.rows is not None:
             nearest = quantize_weight(weight, plan)
-            errors = [held_error(weight, some, plan, self.rows) for some in (tensor, nearest)]
-            if errors[1] < errors[0]:
+            gptq, other = (
+                held_error(weight, some, plan, self.rows, outputs) for some in (tensor, nearest)
+            )
+            if other < gptq:
                 tensor, kept = nearest, "nearest"
         return Rounded(tensor, RoundingNote(kept, self.rounding.damping, self.tokens, channels))
 
@@ -118,19 +123,29 @@ class GroupRounding:
 
 
 def quantize_group(
-    weights: list[Tensor], plans: list[LayerPlan], names: list[str], gram: InputGram | None
+    weights: list[Tensor],
+    plans: list[LayerPlan],
+    names: list[str],
+    gram: InputGram | None,
+    outputs: list[OutputFactor | None] | None = None,
 ) -> Iterator[Rounded]:
     """Weights [N, K] of the linears that read one input, each made when it is asked for."""
     group = GroupRounding(names, gram)
-    for weight, plan in zip(weights, plans, strict=True):
-        yield group.quantize(weight, plan)
+    factors = [None] * len(weights) if outputs is None else outputs
+    for weight, plan, factor in zip(weights, plans, factors, strict=True):
+        yield group.quantize(weight, plan, factor)
 
 
-def quantized(weight: Tensor, plan: LayerPlan, rounding: Rounding | None) -> ARCTensor:
+def quantized(
+    weight: Tensor,
+    plan: LayerPlan,
+    rounding: Rounding | None,
+    outputs: OutputFactor | None = None,
+) -> ARCTensor:
     """Weight [N, K] rounded as planned; to nearest without a `rounding`."""
     if rounding is None:
         return quantize_weight(weight, plan)
-    return round_weight(weight, plan, rounding)
+    return round_weight(weight, plan, rounding, outputs if rounding.lower is not None else None)
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """What calibration and search found, kept in a work folder and taken over from it."""
 
+import torch
 from torch import Tensor
 from torchao.core.config import config_from_dict, config_to_dict
 
@@ -18,6 +19,9 @@ def save_sessions(
     measured = [
         {
             "output_tokens": {name: f.count for name, f in (session.fisher or {}).items()},
+            "calls": {
+                name: [len(call) for call in f.tokens] for name, f in (session.fisher or {}).items()
+            },
             "trials": [(config_to_dict(t.config), t.divergence) for t in found],
         }
         for session, found in zip(sessions, trials, strict=True)
@@ -25,7 +29,7 @@ def save_sessions(
     tensors = {key: buffer for session in sessions for key, buffer in _buffers(session).items()}
     for session in sessions:
         for name, fisher in (session.fisher or {}).items():
-            tensors |= {f"{name}.{sums}": getattr(fisher, sums) for sums in FISHER_SUMS}
+            tensors |= _tensors_of(name, fisher)
     work.save_calibration(tensors, measured)
 
 
@@ -39,13 +43,30 @@ def load_sessions(work: WorkDir, sessions: list[CalibrationSession]) -> list[lis
         for key, buffer in _buffers(session).items():
             buffer.copy_(tensors[key])
         session.fisher = {
-            name: OutputFisher(**{f: tensors[f"{name}.{f}"] for f in FISHER_SUMS}, count=count)
+            name: _fisher_of(name, tensors, count, found["calls"][name])
             for name, count in found["output_tokens"].items()
         } or None
     return [
         [Trial(config_from_dict(config), divergence) for config, divergence in found["trials"]]
         for found in measured
     ]
+
+
+def _tensors_of(name: str, fisher: OutputFisher) -> dict[str, Tensor]:
+    tensors = {f"{name}.{sums}": getattr(fisher, sums) for sums in FISHER_SUMS}
+    if fisher.products is not None:
+        tensors[f"{name}.products"] = fisher.products
+    if fisher.tokens:
+        tensors[f"{name}.tokens"] = torch.cat(fisher.tokens)
+    return tensors
+
+
+def _fisher_of(name: str, tensors: dict[str, Tensor], count: int, calls: list[int]) -> OutputFisher:
+    fisher = OutputFisher(**{f: tensors[f"{name}.{f}"] for f in FISHER_SUMS}, count=count)
+    fisher.products = tensors.get(f"{name}.products")
+    if calls:
+        fisher.tokens = list(tensors[f"{name}.tokens"].split(calls))
+    return fisher
 
 
 def _buffers(session: CalibrationSession) -> dict[str, Tensor]:

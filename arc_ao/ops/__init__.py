@@ -14,6 +14,7 @@ from arc_ao.ops.producers import (
     silu_mul_quant_augment,
 )
 from arc_ao.ops.quant_augment import quant_augment
+from arc_ao.ops.round_columns import round_columns
 from arc_ao.ops.search_block_scales import search_block_scales
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "project_down",
     "quant_augment",
     "rms_norm_quant_augment",
+    "round_columns",
     "search_block_scales",
     "silu_mul_quant_augment",
     "transform_input",

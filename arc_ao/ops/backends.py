@@ -9,7 +9,12 @@ WEIGHT_ONLY = "arc::nvfp4_weight_only_gemm"  # has no native CPU kernel
 # Called only where our kernels are faster than PyTorch's.
 UNQUANTIZED = ("arc::attention", "arc::bf16_linear")
 # Of weights, while they are quantized: no kernels but those for CPUs.
-WEIGHTS = ("arc::search_block_scales", "arc::encode_blocks", "arc::block_residuals")
+WEIGHTS = (
+    "arc::search_block_scales",
+    "arc::encode_blocks",
+    "arc::block_residuals",
+    "arc::round_columns",
+)
 OPERATORS = (
     "arc::quant_augment",
     "arc::rms_norm_quant_augment",

@@ -117,6 +117,21 @@ struct PairKernels {
   void (*linear_rows)(const LinearRows& p);
 };
 
+// Columns of a weight that are rounded with error feedback, of up to kTileWeightRows of its rows
+// from `first` on. Matrices of the weight are [columns, rows], columns from the last to the first.
+constexpr int64_t kTileWeightRows = 64;
+
+struct ColumnGroup {
+  int64_t columns, rows, first, count;
+  const float *values, *feedback;  // what is rounded; what columns before the group left for these
+  const float* lower;              // [columns, columns], factor of the inputs' products
+  const float *scale, *fine;       // under which; fine is null, or 0 where a column has no residual
+  const float* outputs;            // [64, 64], upper factor of the outputs' products, or null
+  uint8_t *codes, *fine_codes;
+  float* errors;   // as outputs pass them on
+  float* scratch;  // [columns, kTileWeightRows]
+};
+
 // Operands of a matrix unit with tile registers: runs of tiles of 16 rows of 64 bytes. A strip is 32
 // rows of A, or of W, that is two tiles for each step of 32 channels: [steps, 2, 512] of bf16. A tile
 // of A holds [16 rows, 32 channels], one of W [16 pairs of channels, 16 rows, 2]. Of C, a tile holds
@@ -178,6 +193,7 @@ struct Kernels {
   // What those codes leave of it, [blocks * 16].
   void (*residual_row)(
       const float* values, const uint8_t* scale, int64_t blocks, float* residual);
+  void (*round_columns)(const ColumnGroup& group);
   // x + y rounded to dtype, as fp32.
   void (*add_row)(const void* x, const void* y, DType dtype, int64_t channels, float* out);
   // silu(gate) * up, each step rounded to dtype, as fp32.

@@ -5,6 +5,7 @@
 #include "dot_common.h"
 #include "linear_rows.h"
 #include "producer_rows.h"
+#include "round_columns.h"
 #include "weight_rows.h"
 
 namespace {
@@ -223,7 +224,7 @@ namespace arc {
 extern const Kernels kAVX512;
 const Kernels kAVX512 = {
     "avx512", load_row, store_row, quantize_row, search_weight_rows, encode_row, residual_row,
-    add_row, silu_mul_row, gelu_row, norm_row,
+    round_columns, add_row, silu_mul_row, gelu_row, norm_row,
     unpack_row, pack_panel, dot_panel, store_products, &kPairs, &kDecoded};
 
 }  // namespace arc
