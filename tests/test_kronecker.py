@@ -147,9 +147,9 @@ def quantized(**settings) -> tuple[torch.nn.Module, object]:
     return model, summary
 
 
-def test_one_call_rounds_by_them_and_lets_go_of_them():
+def test_one_call_rounds_by_them():
     (mine, summary), (other, _) = quantized(hessian="kronecker"), quantized(hessian="inputs")
-    assert {note.rounding for note in summary.rounding.values()} <= {"gptq", "nearest"}
+    assert any(layer["rounding"] == "gptq" for layer in summary.layers.values())
     differs = [
         not torch.equal(a.weight.qdata, b.weight.qdata)
         for a, b in zip(mine.modules(), other.modules(), strict=True)

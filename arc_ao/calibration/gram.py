@@ -56,9 +56,7 @@ class Gram(InputGram):
         self.held.spread_over(tokens)
 
     @torch.no_grad()
-    def add(
-        self, x: Tensor, keep: Tensor | None = None, *, weights: Tensor | None = None
-    ) -> None:
+    def add(self, x: Tensor, keep: Tensor | None = None, *, weights: Tensor | None = None) -> None:
         """Add the tokens of x [*, K], those of a mask `keep` [*] where its shape fits; `weights` as
         InputGram.add has them."""
         rows = x.reshape(-1, x.shape[-1])

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from arc_ao.formats import nvfp4
-from arc_ao.methods.scale_search import choose_scales
 from arc_ao.methods.output_factor import OutputFactor, tile_chunks
+from arc_ao.methods.scale_search import choose_scales
 from arc_ao.methods.weights import LayerPlan, assemble, in_order
 from arc_ao.ops import block_residuals, round_columns
 from arc_ao.tensor import ARCTensor
