@@ -64,9 +64,7 @@ def test_the_bar_of_a_call_is_there_until_its_last_stage(monkeypatch):
         tiny_llama(num_hidden_layers=2), config, calibration_data=batches(), progress=False
     )
     assert len(bars) == 1 and [*bars[0]][-3:] == ["round weights", "convert", "tune"]
-    assert summary.seconds == bars[0] and set(bars[0]) >= set(
-        expected_costs([config], tokens=64, batches=2)
-    )
+    assert summary.seconds == bars[0]
 
 
 def test_a_stage_that_fails_still_ends():

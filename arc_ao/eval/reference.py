@@ -22,7 +22,7 @@ from arc_ao.inference import evaluation_mode, run_model
 from arc_ao.progress import SILENT, Progress
 
 HEAD_ELEMENTS = 1 << 22  # logits of a reference made at a time: enough rows for a matrix product
-CHUNK_ELEMENTS = 1 << 18  # logits compared at a time: 1 MiB per fp32 temporary, in a core's cache
+CHUNK_ELEMENTS = 1 << 18  # logits compared at a time by a CPU: 1 MiB per temporary, in its cache
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,10 @@ def _of_classes(logits: Tensor) -> Tensor:
 
 def _chunks(reference: Reference, logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Tokens to compare at a time, and the reference's logits of them."""
+    elements = CHUNK_ELEMENTS if logits.device.type == "cpu" else HEAD_ELEMENTS
     for outer in row_chunks(logits, HEAD_ELEMENTS):
         said = _of_classes(reference.rows(outer))
-        for inner in row_chunks(said, CHUNK_ELEMENTS):
+        for inner in row_chunks(said, elements):
             yield slice(outer.start + inner.start, outer.start + inner.stop), said[inner]
 
 
