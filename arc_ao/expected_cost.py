@@ -17,6 +17,7 @@ RUN = 1.6  # a token through a model that is quantized on the fly
 GATHER = 4.5  # a token through every block for each of its Hessians
 ROUND = 30_000.0  # factors of all Hessians and error feedback
 CONVERT = 800.0
+SECOND = 400.0  # of training, until the bar knows how fast this machine and model are
 
 
 def expected_costs(configs: list[ARCConfig], tokens: int, batches: int) -> dict[str, float]:
@@ -40,6 +41,7 @@ def _of_config(config: ARCConfig, tokens: int, batches: int) -> dict[str, float]
         costs["calibrate"] = tokens * (1 + OBSERVE * orders)
     if config.tunes:
         costs["reference"] = tokens
+        costs["tune"] = SECOND * 60 * config.tuning_minutes
     if config.weighs_layers or config.kronecker:
         some = tokens if config.kronecker else min(tokens, FISHER_TOKENS)
         costs["weigh layers"] = DIFFERENTIATE * some

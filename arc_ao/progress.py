@@ -43,14 +43,19 @@ class Progress:
         )
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[Advance]:
+    def stage(self, name: str, seconds: float | None = None) -> Iterator[Advance]:
         """Inside, a stage runs; it says by how much of itself (0 to 1) it came further.
 
         A stage inside of another is part of it.
+
+        Args:
+            seconds: what it will take, where that is known: counts instead of its expected cost.
         """
         if self._stage is not None:
             yield lambda share: None
             return
+        if seconds is not None:
+            self._expect_seconds(name, seconds)
         self._stage, cost = name, self.expected.pop(name, 0.0)  # a second time is a surprise
         self._bar.set_description(name)
         wall, cpu, done = time.perf_counter(), time.process_time(), 0.0
@@ -75,6 +80,14 @@ class Progress:
             for item in items:
                 yield item
                 advance(1 / len(items))
+
+    def _expect_seconds(self, name: str, seconds: float) -> None:
+        """Expect of a stage what those before it would have done in that time."""
+        elapsed = sum(self.seconds.values())
+        if self._before and elapsed:
+            cost = seconds * self._before / elapsed
+            self._bar.total += cost - self.expected.get(name, 0.0)
+            self.expected[name] = cost
 
     def close(self) -> None:
         """Take the bar away."""

@@ -101,24 +101,26 @@ def quantize_(
     if work_dir is not None:
         work = WorkDir(work_dir, fingerprint(model, targets.configs, batches or []))
     stages = _stages([c for c, _ in arc_groups], batches or [], progress)
-    with closing(stages), _unchanged_on_error(model):
-        resolved = _calibrate_and_resolve(model, arc_groups, batches, work, stages)
-        if tuning is not None:
-            tuning.record(model, set(targets.modules.values()), stages)
-        for layer_config, modules in groups:
-            if id(layer_config) not in resolved:
-                _apply(model, layer_config, modules)  # another library's config
-    sessions = [session for *_, session in resolved.values()]
-    notes = {}
-    if any(final.needs_hessian for final, *_ in resolved.values()):
-        notes = convert_blocks(model, sessions, batches, _swap_weight, work=work, progress=stages)
-    _convert_groups([(resolved[id(c)][0], modules) for c, modules in arc_groups], stages)
-    tuned = None if tuning is None else tuning.run(model, work, progress)
+    with closing(stages):
+        with _unchanged_on_error(model):
+            resolved = _calibrate_and_resolve(model, arc_groups, batches, work, stages)
+            if tuning is not None:
+                tuning.record(model, set(targets.modules.values()), stages)
+            for layer_config, modules in groups:
+                if id(layer_config) not in resolved:
+                    _apply(model, layer_config, modules)  # another library's config
+        sessions = [session for *_, session in resolved.values()]
+        notes = {}
+        if any(final.needs_hessian for final, *_ in resolved.values()):
+            notes = convert_blocks(
+                model, sessions, batches, _swap_weight, work=work, progress=stages
+            )
+        _convert_groups([(resolved[id(c)][0], modules) for c, modules in arc_groups], stages)
+        tuned = None if tuning is None else tuning.run(model, work, stages)
     attach_quantizer(model)
     choices = {name: found for session in sessions for name, found in session.choices.items()}
     tried = [(final, trials) for final, trials, _ in resolved.values()]
-    seconds = stages.seconds | ({"tune": tuned.seconds} if tuned else {})
-    return summarize(model, tried, targets.skipped, before, choices, notes, seconds, tuned)
+    return summarize(model, tried, targets.skipped, before, choices, notes, stages.seconds, tuned)
 
 
 def _stages(configs: list[ARCConfig], batches: list[Batch | Tensor], show: bool) -> Progress:

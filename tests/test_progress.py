@@ -38,6 +38,35 @@ def test_a_stage_that_ends_early_or_was_not_expected():
         assert progress._bar.n == 3.0
 
 
+def test_a_stage_of_known_time_costs_what_was_done_in_such_a_time():
+    """A quarter of what is left goes by after a quarter of its seconds; without a past, or without
+    an expectation of its time, it costs what was expected."""
+    progress = Progress({"first": 30.0, "second": 10.0, "third": 5.0})
+    with progress.stage("first", seconds=7.0):
+        pass
+    bar, progress.seconds["first"] = progress._bar, 6.0  # 5 a second
+    assert bar.n == 30.0 and bar.total == 45.0
+    with progress.stage("second", seconds=100.0) as advance:
+        assert bar.total == 30.0 + 500.0 + 5.0
+        advance(0.25)
+        assert bar.n == 30.0 + 125.0
+    with progress.stage("third"):
+        pass
+    assert bar.n == bar.total == 535.0
+
+
+def test_the_bar_of_a_call_is_there_until_its_last_stage(monkeypatch):
+    """Training the codes, after weights were rounded and converted."""
+    bars = []
+    monkeypatch.setattr(Progress, "close", lambda self: bars.append(dict(self.seconds)))
+    config = ARCConfig(recipe="tuned", tuning_minutes=0.005)
+    summary = quantize_(
+        tiny_llama(num_hidden_layers=2), config, calibration_data=batches(), progress=False
+    )
+    assert len(bars) == 1 and [*bars[0]][-3:] == ["round weights", "convert", "tune"]
+    assert summary.seconds == bars[0]
+
+
 def test_a_stage_that_fails_still_ends():
     progress = Progress({"first": 1.0})
     with pytest.raises(ZeroDivisionError), progress.stage("first"):
@@ -47,10 +76,10 @@ def test_a_stage_that_fails_still_ends():
     assert list(progress.seconds) == ["first", "second"]
 
 
-@pytest.mark.parametrize("recipe", ["auto", "best", "balanced"])
+@pytest.mark.parametrize("recipe", ["auto", "best", "balanced", "tuned"])
 def test_every_stage_of_a_call_was_expected(recipe):
     """Stages that ran are those that the cost model knows, so that the bar ends where it should."""
-    config, data = ARCConfig(recipe=recipe), batches()
+    config, data = ARCConfig(recipe=recipe, tuning_minutes=0.005), batches()
     summary = quantize_(
         tiny_llama(num_hidden_layers=2), config, calibration_data=data, progress=False
     )

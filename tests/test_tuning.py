@@ -12,7 +12,7 @@ from arc_ao.calibration.work_dir import WorkDir
 from arc_ao.eval import reference
 from arc_ao.eval.divergence import kl_divergence
 from arc_ao.eval.reference import record_references
-from arc_ao.methods.tuning import parameters, schedule, session
+from arc_ao.methods.tuning import latent, parameters, schedule, session
 from arc_ao.methods.tuning import tune as tuning
 from arc_ao.passes.quantizer import ARCQuantizer
 from arc_ao.summary import arc_tensors
@@ -64,7 +64,6 @@ class Case:
             self.batches,
             self.references,
             originals=originals,
-            progress=False,
             **options,
         )
 
@@ -119,6 +118,7 @@ def test_the_start_stays_where_nothing_is_better(monkeypatch):
 
 def test_an_error_leaves_the_quantized_model(monkeypatch):
     """In the tenth step."""
+    monkeypatch.setattr(tuning, "PATIENCE", 99)
     case, calls = Case(), []
 
     def fail(model, batch, f=tuning.call_model):
@@ -135,7 +135,8 @@ def test_an_error_leaves_the_quantized_model(monkeypatch):
 
 
 def test_a_run_goes_on_with_the_same_bits(tmp_path, monkeypatch):
-    """Interrupted after a state was saved: the rest of the steps, and the same codes and norms."""
+    """Interrupted after a state was saved: the rest of the steps, and the same codes and norms. The
+    state holds factors and their moments, nothing as large as a weight but the best codes."""
     monkeypatch.setattr(tuning, "PATIENCE", 99)
     whole = Case(batches=tokens(20, rows=2))
     expected = whole.tune(max_steps=24)
@@ -152,6 +153,12 @@ def test_a_run_goes_on_with_the_same_bits(tmp_path, monkeypatch):
     monkeypatch.setattr(tuning._Run, "save_if_due", tuning._Run.save)
     with pytest.raises(KeyboardInterrupt):
         Case(batches=tokens(20, rows=2)).tune(max_steps=24, work=work)
+    state, _ = work.load_tuning()
+    name = whole.names[0]
+    parts = {key.removeprefix(f"{name}:") for key in state if key.startswith(f"{name}:")}
+    moments = ("", ":exp_avg", ":exp_avg_sq", ":step")
+    assert parts == {part + key for part in ("left", "right") for key in moments}
+    assert state[f"{name}:left"].shape == (64, latent.RANK)
     case = Case(batches=tokens(20, rows=2))
     record = case.tune(max_steps=24, work=work)
     assert len(calls) == 25 and record.steps == 24  # the eleventh twice
@@ -165,8 +172,9 @@ def test_a_run_goes_on_with_the_same_bits(tmp_path, monkeypatch):
     assert_same_tensors(again.model, whole.model)
 
 
-def test_the_budget_is_time():
+def test_the_budget_is_time(monkeypatch):
     """Of minutes; the learning rate falls to nothing on the way."""
+    monkeypatch.setattr(tuning, "PATIENCE", 999)
     plan = schedule.Schedule(minutes=1.0)
     plan.step, plan.seconds = 10, 30.0
     assert plan.rate() == pytest.approx(0.5, abs=0.01) and not plan.over
@@ -231,7 +239,8 @@ def test_references_keep_hidden_states_where_the_head_stays():
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_loss_and_gradient_are_those_of_kl(masked, monkeypatch):
-    """Against autograd on the formula, by chunks; -inf in both logits adds nothing."""
+    """Against autograd on the formula, by chunks of chunks; -inf in both logits adds nothing."""
+    monkeypatch.setattr(reference, "HEAD_ELEMENTS", 5 * 17)
     monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 3 * 17)
     generator = torch.Generator().manual_seed(0)
     teacher = torch.randn(7, 17, generator=generator)
@@ -262,7 +271,7 @@ def test_what_cannot_be_tuned_is_refused_before_anything_changes(monkeypatch):
     with pytest.raises(ValueError, match="at least 2 batches of calibration data.*found 1"):
         quantize_(model, TUNED, calibration_data=tokens(1), progress=False)
     monkeypatch.setattr(session, "_free_memory", lambda device: 1000)
-    with pytest.raises(ValueError, match="GB of free memory on cpu to train"):
+    with pytest.raises(ValueError, match=r"GB of free memory on cpu to train.*\(10.2 bytes each"):
         quantize_(model, TUNED, calibration_data=tokens(), progress=False)
     assert not arc_tensors(model)
     with pytest.raises(ValueError, match="needs no training in a prepare/convert flow"):

@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from arc_ao import ARCConfig, quantize_
 from arc_ao.formats import nvfp4
 from arc_ao.methods.rotation import rotate
+from arc_ao.methods.tuning import latent
 from arc_ao.methods.tuning.grid import MARGIN, round_to_grid, start_latent
+from arc_ao.methods.tuning.latent import RANK
 from arc_ao.methods.tuning.layer import InputCache, TunedForward, TunedWeight
+from arc_ao.methods.tuning.parameters import Trainables, bytes_per_weight
 from arc_ao.ops import quant_augment
 from arc_ao.tensor import ARCTensor
 
@@ -88,6 +91,21 @@ def test_forward_in_bf16_is_the_quantized_linear_to_one_rounding():
     torch.testing.assert_close(y, module(x), rtol=2e-2, atol=3e-2)
 
 
+def moved(weight: TunedWeight, size: float) -> TunedWeight:
+    """Factors other than those at the start: B of normal values times `size`, then refreshed."""
+    with torch.no_grad():
+        weight.latent.right.normal_(generator=torch.Generator().manual_seed(2)).mul_(size)
+    weight.refresh()
+    return weight
+
+
+def latent_of(weight: TunedWeight, left: Tensor, right: Tensor) -> Tensor:
+    """u by its formula, differentiable, [N, T]."""
+    scale = nvfp4.decode_e4m3(weight.scale)
+    ratio = ((scale**2).mean().sqrt() / scale).clamp(max=4)
+    return weight.latent.start + ratio.repeat_interleave(16, dim=1) * (left @ right)
+
+
 class Explicit:
     """The same linear of plain operations: x + (Q(x) - x).detach(), stored part by stored part."""
 
@@ -137,33 +155,82 @@ class Explicit:
 
 @pytest.mark.parametrize(("name", "config", "in_features"), CASES)
 def test_gradients_are_those_of_straight_through_rounding(name, config, in_features):
-    """Of x and of every latent, against autograd on the parts written out."""
+    """Of x and of both factors, against autograd on the parts written out; blocks on both sides of
+    the limit of their step."""
     module, original, x = linear(config, in_features)
-    weight = TunedWeight(module.weight.data, original)
-    explicit, latent = Explicit(module.weight.data), weight.latent.detach().clone()
-    latent.requires_grad_()
+    weight = moved(TunedWeight(module.weight.data, original), 0.1)
+    parts = [p.detach().clone().requires_grad_() for p in weight.parameters.values()]
     x, other = x.clone().requires_grad_(), x.clone().requires_grad_()
     out = torch.randn(24, 80, generator=torch.Generator().manual_seed(1))
     y = TunedForward(weight, module.bias, InputCache())(x)
     (y * out).sum().backward()
-    expected = explicit(other, latent, module.bias)
+    expected = Explicit(module.weight.data)(other, latent_of(weight, *parts), module.bias)
     (expected * out).sum().backward()
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(x.grad, other.grad, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(weight.latent.grad, latent.grad, rtol=1e-4, atol=1e-5)
-    assert latent.grad.abs().max() > 0.1
+    for own, part in zip(weight.parameters.values(), parts, strict=True):
+        torch.testing.assert_close(own.grad, part.grad, rtol=1e-4, atol=1e-4)
+        assert part.grad.abs().max() > 0.1
+    small = nvfp4.decode_e4m3(weight.scale) * 4 < weight.latent.unit
+    assert not small.all() and (small.any() or module.weight.num_weight_channels == 0)
+
+
+def test_training_starts_at_the_codes_in_directions_of_its_own():
+    """Whatever A is: B is 0. A has entries of variance 1 / R and depends on the seed alone."""
+    module, original, _ = linear(CONFIGS["sorted"])
+    first, same, other = (TunedWeight(module.weight.data, original, seed) for seed in (3, 3, 4))
+    start = first.latent
+    assert torch.equal(start.rows(slice(None)), start.start) and not start.right.any()
+    before = first.values.clone()
+    first.refresh()
+    assert torch.equal(first.values, before)
+    assert torch.equal(start.left, same.latent.left)
+    assert not torch.equal(start.left, other.latent.left)
+    assert start.left.square().mean().item() == pytest.approx(1 / RANK, rel=0.1)
+
+
+def test_chunks_change_nothing(monkeypatch):
+    """Rows made and gradients summed a few at a time, the last chunk a short one."""
+    module, original, _ = linear(CONFIGS["blocks"])
+    weight = moved(TunedWeight(module.weight.data, original), 0.5)
+    of_weight = torch.randn(weight.latent.start.shape, generator=torch.Generator().manual_seed(1))
+    values, codes = weight.values.clone(), weight.codes()
+    expected = weight.latent.gradients(of_weight)
+    monkeypatch.setattr(latent, "CHUNK_ELEMENTS", 7 * of_weight.shape[1])
+    assert len(weight.latent.chunks()) == 12
+    weight.refresh()
+    assert torch.equal(weight.values, values) and torch.equal(weight.codes(), codes)
+    for found, whole in zip(weight.latent.gradients(of_weight), expected, strict=True):
+        torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_memory_of_a_weight_is_what_is_held(dtype):
+    """After a step, with the codes of the best and of a new best, for a linear of 576 channels."""
+    module = nn.Linear(576, 576, bias=False).to(dtype)
+    x = torch.randn(32, 576, generator=torch.Generator().manual_seed(0)).to(dtype)
+    config = ARCConfig(recipe="balanced", num_act_channels=32, num_weight_channels=32)
+    quantize_(nn.Sequential(module), config, calibration_data=[x], progress=False)
+    trained = Trainables({"linear": TunedWeight(module.weight.data)}, {})
+    weight, (optimizer,) = trained.weights["linear"], trained.optimizers.values()
+    for parameter in weight.parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    held = [v for owner in (weight, weight.latent) for v in vars(owner).values()]
+    held += [v for state in optimizer.state.values() for v in state.values()]
+    held += [*trained.finished().values(), *trained.finished().values()]
+    tensors = [v for v in held if isinstance(v, Tensor) and not isinstance(v, ARCTensor)]
+    bytes_held = {(t.data_ptr(), t.nbytes) for t in tensors}
+    found = sum(size for _, size in bytes_held) / (576 * 576)
+    assert bytes_per_weight(dtype) - 0.5 < found <= bytes_per_weight(dtype)
 
 
 def test_changed_codes_are_what_the_finished_tensor_multiplies_with():
     """Latents moved far: forward, finished tensor and its kernels agree."""
     module, original, x = linear(CONFIGS["copies"])
-    weight = TunedWeight(module.weight.data, original)
-    with torch.no_grad():
-        weight.latent += torch.randn(
-            weight.latent.shape, generator=torch.Generator().manual_seed(2)
-        )
-    weight.refresh()
-    assert weight.latent.abs().max() == 6
+    weight = moved(TunedWeight(module.weight.data, original), 1.0)
+    assert weight.latent.rows(slice(None)).abs().max() > 7  # saturates
     finished = weight.finished(weight.codes())
     y = TunedForward(weight, module.bias, InputCache())(x)
     assert (y - module(x)).abs().max() > 0.5

@@ -7,6 +7,7 @@ product (soft caps), whole outputs are kept.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 
 from arc_ao.calibration.data import Batch
 from arc_ao.eval.divergence import is_logits, model_output
+from arc_ao.formats.nvfp4 import row_chunks
 from arc_ao.inference import evaluation_mode, run_model
 from arc_ao.progress import SILENT, Progress
 
-CHUNK_ELEMENTS = 1 << 22  # logits compared at a time: 16 MiB per fp32 temporary
+HEAD_ELEMENTS = 1 << 22  # logits of a reference made at a time: enough rows for a matrix product
+CHUNK_ELEMENTS = 1 << 18  # logits compared at a time by a CPU: 1 MiB per temporary, in its cache
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,15 @@ def _of_classes(logits: Tensor) -> Tensor:
     return F.pad(logits, (1, 0)) if logits.shape[-1] == 1 else logits
 
 
+def _chunks(reference: Reference, logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Tokens to compare at a time, and the reference's logits of them."""
+    elements = CHUNK_ELEMENTS if logits.device.type == "cpu" else HEAD_ELEMENTS
+    for outer in row_chunks(logits, HEAD_ELEMENTS):
+        said = _of_classes(reference.rows(outer))
+        for inner in row_chunks(said, elements):
+            yield slice(outer.start + inner.start, outer.start + inner.stop), said[inner]
+
+
 class _KLDivergence(torch.autograd.Function):
     """Mean KL(reference || softmax(logits)); the gradient, (q - p) / T, is made along with it, so
     that fp32 values exist of a chunk of tokens only."""
@@ -130,10 +142,8 @@ class _KLDivergence(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=logits.device)
         wanted, count = ctx.needs_input_grad[0], logits.shape[0]
         grad = torch.empty_like(logits) if wanted else None
-        step = max(1, CHUNK_ELEMENTS // logits.shape[1])
-        for start in range(0, count, step):
-            rows = slice(start, start + step)
-            log_p = _of_classes(reference.rows(rows)).float().log_softmax(-1)
+        for rows, said in _chunks(reference, logits):
+            log_p = said.float().log_softmax(-1)
             log_q = logits[rows].float().log_softmax(-1)
             p = log_p.exp()
             terms = p * (log_p - log_q)

@@ -226,8 +226,9 @@ def dequantize(
 
 def decode(qdata: Tensor, scale: Tensor) -> Tensor:
     """q * s [..., K] in fp32, without the outer scale; every value is exact in bf16 too."""
-    values = _byte_values(qdata.device)[qdata.int()]  # [..., K/2, 2]
-    blocks = values.flatten(-2).unflatten(-1, (-1, BLOCK_SIZE))  # [..., K/16, 16]
+    pairs = _byte_values(qdata.device).view(torch.int64)[:, 0]  # gathered as one, not as two floats
+    values = pairs.index_select(0, qdata.flatten().int()).view(qdata.shape).view(torch.float32)
+    blocks = values.unflatten(-1, (-1, BLOCK_SIZE))  # [..., K/16, 16]
     return blocks.mul_(decode_e4m3(scale).unsqueeze(-1)).flatten(-2)
 
 

@@ -14,8 +14,8 @@ plus the activation residuals that are added to them. Rounding x is passed strai
 dL/dx = outer_w * (g W) over the base columns (free, fine and coarse), since a residual of x changes
 with x by nothing once the value it corrects changes by all.
 
-Memory of a weight: latent and two moments in fp32, its gradient while it is needed, and the value
-in the activations' dtype: 14 bytes with bf16.
+Memory of a weight: where its latent starts in fp32 and its value in the activations' dtype, 6 bytes
+with bf16, and its gradient while it is needed.
 """
 
 from dataclasses import dataclass
@@ -27,23 +27,24 @@ from torch import Tensor
 
 from arc_ao.formats import nvfp4
 from arc_ao.methods.rotation import rotate
-from arc_ao.methods.tuning.grid import LIMIT, round_to_grid, start_latent
+from arc_ao.methods.tuning.grid import round_to_grid, start_latent
+from arc_ao.methods.tuning.latent import LowRankLatent
 from arc_ao.ops import quant_augment
 from arc_ao.tensor import ARCTensor
-
-CHUNK_ELEMENTS = 1 << 17  # weights rounded at a time: temporaries stay in a core's cache
 
 
 class TunedWeight:
     """Latents, scales and values of one ARCTensor [N, K].
 
     Attributes:
-        latent: fp32 parameter [N, T], in units of the block scales, of the trained columns.
+        latent: [N, T], in units of the block scales, of the trained columns.
         values: [N, C] in the dtype of products; its first T columns follow the latent by `refresh`.
+        parameters: what is trained, by name.
     """
 
-    def __init__(self, tensor: ARCTensor, original: Tensor | None = None) -> None:
-        """Start at the codes of `tensor`; `original` [N, K] says which neighbour is near."""
+    def __init__(self, tensor: ARCTensor, original: Tensor | None = None, seed: int = 0) -> None:
+        """Start at the codes of `tensor`; `original` [N, K] says which neighbour is near, `seed` in
+        which directions training begins."""
         plain = tensor.to_layout("plain")
         self.tensor = tensor
         self.order = _block_order(plain)  # stored block of each block here
@@ -52,13 +53,13 @@ class TunedWeight:
         codes = nvfp4.bytes_of_blocks(plain.qdata).index_select(1, self.order).flatten(1)
         scale = plain.scale.index_select(1, self.order)
         self.scale = scale[:, : plain.base_blocks].contiguous()  # uint8 [N, T/16]
-        dtype = torch.bfloat16 if plain.orig_dtype == torch.bfloat16 else torch.float32
-        self.values = nvfp4.decode(codes, scale).to(dtype)  # exact
+        self.values = nvfp4.decode(codes, scale).to(values_dtype(plain.orig_dtype))  # exact
         self.outer = plain.outer_scale.item()
         start = nvfp4.decode_e2m1(nvfp4.unpack(codes[:, : self.trained // 2]))
         if original is not None:
             start = start_latent(start, self._targets(original))
-        self.latent = torch.nn.Parameter(start)
+        self.latent = LowRankLatent(start, self.scale, seed)
+        self.parameters = {"left": self.latent.left, "right": self.latent.right}
 
     def _targets(self, original: Tensor) -> Tensor:
         """The original weight in the latents' units and order, [N, T]."""
@@ -80,16 +81,17 @@ class TunedWeight:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Keep latents in range and round them into `values`."""
-        for rows in nvfp4.row_chunks(self.latent, CHUNK_ELEMENTS):
-            blocks = nvfp4.to_blocks(round_to_grid(self.latent[rows].clamp_(-LIMIT, LIMIT)))
+        """Round the latent into `values`."""
+        for rows in self.latent.chunks():
+            blocks = nvfp4.to_blocks(round_to_grid(self.latent.rows(rows)))
             blocks.mul_(nvfp4.decode_e4m3(self.scale[rows]).unsqueeze(-1))
             self.values[rows, : self.trained] = blocks.flatten(1)
 
     @torch.no_grad()
     def codes(self) -> Tensor:
         """uint8 [N, T/2], packed codes of the trained columns."""
-        return nvfp4.pack(nvfp4.encode_e2m1(self.latent))
+        chunks = [self.latent.rows(rows) for rows in self.latent.chunks()]
+        return torch.cat([nvfp4.pack(nvfp4.encode_e2m1(u)) for u in chunks])
 
     def finished(self, codes: Tensor) -> ARCTensor:
         """The tensor this began with, the codes [N, T/2] of trained columns put in; same layout."""
@@ -112,7 +114,7 @@ class TunedWeight:
         if not tensor.quantizes_input:
             blocks = nvfp4.to_blocks(x)
             columns = torch.cat((blocks, blocks.index_select(1, tensor.weight_blocks)), dim=1)
-            return columns.index_select(1, self.order).flatten(1).to(self.values.dtype)
+            return columns.to(self.values.dtype).index_select(1, self.order).flatten(1)
         qdata, scale, outer = quant_augment(
             x,
             tensor.act_blocks,
@@ -127,7 +129,12 @@ class TunedWeight:
         base, added = tensor.base_blocks, tensor.act_blocks.shape[0]
         columns[:, :base].index_add_(1, tensor.act_blocks, columns[:, base : base + added])
         stored = self.order + added * (self.order >= base)
-        return columns.index_select(1, stored).flatten(1).to(self.values.dtype)
+        return columns.to(self.values.dtype).index_select(1, stored).flatten(1)
+
+
+def values_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of products under training, by the model's: in fp16 small gradients would vanish."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
 def _free_then_fine(tensor: ARCTensor) -> Tensor:
@@ -159,30 +166,33 @@ def _channel_columns(tensor: ARCTensor, order: Tensor) -> Tensor:
 
 
 class _StraightThrough(torch.autograd.Function):
-    """outer_w * inputs W^T, with gradients for x and the latent as if nothing were rounded."""
+    """outer_w * inputs W^T, with gradients for x, A and B as if nothing were rounded."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, latent: Tensor, inputs: Tensor, weight: TunedWeight) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, left: Tensor, right: Tensor, inputs: Tensor, weight: TunedWeight
+    ) -> Tensor:
         ctx.save_for_backward(inputs)
         ctx.weight, ctx.dtype = weight, x.dtype
-        y = inputs.new_empty((inputs.shape[0], latent.shape[0]))
+        y = inputs.new_empty((inputs.shape[0], weight.values.shape[0]))
         return torch.addmm(y, inputs, weight.values.t(), beta=0, alpha=weight.outer).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (inputs,), weight = ctx.saved_tensors, ctx.weight
         grad, trained = grad.to(inputs.dtype), weight.trained
-        grad_x = grad_latent = None
+        grad_x = grad_left = grad_right = None
         if ctx.needs_input_grad[0]:
             fine = weight.tensor.num_weight_channels
             columns = grad @ weight.values[:, : trained + fine]
             columns[:, trained - fine : trained] += columns[:, trained:]
-            grad_x = columns.index_select(1, weight.channels).mul_(weight.outer).to(ctx.dtype)
-        if ctx.needs_input_grad[1]:
-            scale = nvfp4.decode_e4m3(weight.scale).mul_(weight.outer).unsqueeze(-1)
-            blocks = nvfp4.to_blocks(grad.t() @ inputs[:, :trained])
-            grad_latent = (blocks * scale).flatten(1)
-        return grad_x, grad_latent, None, None
+            channels = weight.channels.expand(columns.shape[0], -1)
+            grad_x = columns.gather(1, channels).mul_(weight.outer).to(ctx.dtype)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            of_weight = grad.t() @ inputs[:, :trained]
+            found = weight.latent.gradients(of_weight)
+            grad_left, grad_right = (g.mul_(weight.outer) for g in found)
+        return grad_x, grad_left, grad_right, None, None
 
 
 @dataclass
@@ -218,7 +228,7 @@ class TunedForward:
         rows = input.reshape(-1, input.shape[-1])
         x = _transformed(rows, tensor)
         inputs = self.cache.effective(x.detach(), input, weight)
-        y = _StraightThrough.apply(x, weight.latent, inputs, weight)
+        y = _StraightThrough.apply(x, weight.latent.left, weight.latent.right, inputs, weight)
         if tensor.down is not None:
             hidden = F.linear(rows, tensor.down.to(rows.dtype))
             y = y + F.linear(hidden, tensor.up.to(rows.dtype))

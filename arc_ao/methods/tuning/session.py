@@ -10,7 +10,7 @@ from arc_ao.calibration.data import Batch
 from arc_ao.calibration.work_dir import WorkDir
 from arc_ao.config import ARCConfig
 from arc_ao.eval.reference import Reference, record_references
-from arc_ao.methods.tuning.parameters import BYTES_PER_WEIGHT
+from arc_ao.methods.tuning.parameters import bytes_per_weight
 from arc_ao.methods.tuning.tune import TuningRecord, split, tune
 from arc_ao.progress import Progress
 from arc_ao.tensor import ARCTensor
@@ -32,7 +32,7 @@ class TuningSession:
         self.originals = {name: m.weight.detach() for name, m in self.linears.items()}
         self.references = record_references(model, self.batches, changing, progress=progress)
 
-    def run(self, model: nn.Module, work: WorkDir | None, progress: bool) -> TuningRecord:
+    def run(self, model: nn.Module, work: WorkDir | None, progress: Progress) -> TuningRecord:
         """Train; linears that a budget left as they are stay so."""
         quantized = [n for n, m in self.linears.items() if isinstance(m.weight, ARCTensor)]
         return tune(
@@ -69,12 +69,12 @@ def tuning_session(
 
 def _check_memory(linears: list[nn.Linear]) -> None:
     weights = sum(linear.weight.numel() for linear in linears)
-    device = linears[0].weight.device
-    needed, free = weights * BYTES_PER_WEIGHT, _free_memory(device)
+    device, each = linears[0].weight.device, bytes_per_weight(linears[0].weight.dtype)
+    needed, free = weights * each, _free_memory(device)
     if free is not None and needed > free:
         raise ValueError(
             f"recipe='tuned': expected {needed / 1e9:.1f} GB of free memory on {device} to train "
-            f"{weights / 1e6:.0f} million weights ({BYTES_PER_WEIGHT} bytes each), found "
+            f"{weights / 1e6:.0f} million weights ({each:.1f} bytes each), found "
             f"{free / 1e9:.1f} GB; take recipe='best', or a machine with more memory"
         )
 

@@ -1,9 +1,9 @@
 """Train the codes of a quantized model against what the unquantized one says.
 
-Rounding is passed straight through (layer.py), block scales stay. The loss is the mean KL of the
-logits per token (1 - cosine of hidden states). Batches are taken in a shuffled order, again and
-again, all but some kept aside: what is best on those is what the model ends with, and the state it
-began with counts.
+Rounding is passed straight through (layer.py), block scales stay; what is added to where a weight
+began is of low rank (latent.py). The loss is the mean KL of the logits per token (1 - cosine of
+hidden states). Batches are taken in a shuffled order, again and again, all but some kept aside:
+what is best on those is what the model ends with, and the state it began with counts.
 """
 
 import math
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from arc_ao.calibration.data import Batch, num_tokens
 from arc_ao.calibration.work_dir import WorkDir
@@ -22,10 +21,10 @@ from arc_ao.methods.tuning.layer import InputCache
 from arc_ao.methods.tuning.parameters import Trainables, install, trainables, under_training
 from arc_ao.methods.tuning.record import TuningRecord
 from arc_ao.methods.tuning.schedule import PATIENCE, Schedule
+from arc_ao.progress import SILENT, Advance, Progress
 
 KEPT_ASIDE = 0.125  # of the batches, and at least
 LEAST_ASIDE = 2
-BAR = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]"
 SAVE_SECONDS = 180  # between states in the work folder, and 20 times what saving took
 
 
@@ -39,11 +38,11 @@ def tune(
     minutes: float = 20.0,
     max_steps: int | None = None,
     work: WorkDir | None = None,
-    progress: bool = True,
+    progress: Progress = SILENT,
 ) -> TuningRecord:
     """Train the weights of quantized linears, and the norms, in place.
 
-    Takes BYTES_PER_WEIGHT beside the model. An error leaves the model as it was.
+    Takes `bytes_per_weight` beside the model. An error leaves the model as it was.
 
     Args:
         names: of the linears.
@@ -58,7 +57,8 @@ def tune(
     """
     train, aside = split(len(batches))
     schedule = Schedule(minutes, max_steps)
-    with evaluation_mode(model), without_cache(model):
+    stage = progress.stage("tune", seconds=60 * minutes)
+    with stage as advance, evaluation_mode(model), without_cache(model):
         before = _divergence(model, batches, references, aside)
         trained = trainables(model, names, originals or {})
         start = trained.norms()
@@ -66,7 +66,7 @@ def tune(
         try:
             run.resume()
             with under_training(model, trained) as cache:
-                run.train(model, batches, references, train, aside, cache, progress)
+                run.train(model, batches, references, train, aside, cache, advance)
             install(model, trained, run.best.finished)
             after = _divergence(model, batches, references, aside)
             if not after < before:
@@ -138,26 +138,25 @@ class _Run:
         train: list[int],
         aside: list[int],
         cache: InputCache,
-        progress: bool,
+        advance: Advance,
     ) -> None:
         """Steps until the budget is spent or nothing gets better."""
-        schedule = self.schedule
-        with tqdm(total=100, desc="tune", bar_format=BAR, disable=not progress, leave=False) as bar:
-            while not schedule.over and self.best.age < PATIENCE:
-                self.trained.set_rates(schedule.rate())
-                i = train[_shuffled(schedule.step, len(train))]
-                loss = references[i].divergence(call_model(model, batches[i]))
-                loss.backward()
+        schedule, shown = self.schedule, 0.0
+        while not schedule.over and self.best.age < PATIENCE:
+            self.trained.set_rates(schedule.rate())
+            i = train[_shuffled(schedule.step, len(train))]
+            loss = references[i].divergence(call_model(model, batches[i]))
+            loss.backward()
+            cache.clear()
+            schedule.step += 1
+            if schedule.evaluation_due():
+                began = time.monotonic()
+                self.compare(_divergence(model, batches, references, aside))
                 cache.clear()
-                schedule.step += 1
-                if schedule.evaluation_due():
-                    began = time.monotonic()
-                    self.compare(_divergence(model, batches, references, aside))
-                    cache.clear()
-                    schedule.evaluation_done(time.monotonic() - began)
-                self.save_if_due()
-                bar.set_postfix_str(f"kept aside {self.best.divergence:.4f}", refresh=False)
-                bar.update(100 * schedule.progress - bar.n)
+                schedule.evaluation_done(time.monotonic() - began)
+            self.save_if_due()
+            advance(schedule.progress - shown)
+            shown = schedule.progress
         self.save()
 
     def compare(self, divergence: float) -> None:
