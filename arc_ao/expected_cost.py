@@ -10,7 +10,8 @@ from arc_ao.config import ARCConfig
 from arc_ao.methods.recipe import SEARCH_TOKENS, expected_runs
 
 OBSERVE = 0.65  # of a token, on top of its forward, for each kind of blocks
-DIFFERENTIATE = 5.4  # a token forward, again, backward, and the squares of errors
+DIFFERENTIATE = 3.4  # a token forward, again and backward
+WEIGH = 2.0  # the squares of its inputs and errors, on top
 ANALYSE = 300.0  # search of all weights' block scales
 QUANTIZE = 600.0  # all weights under known scales
 RUN = 1.6  # a token through a model that is quantized on the fly
@@ -43,8 +44,9 @@ def _of_config(config: ARCConfig, tokens: int, batches: int) -> dict[str, float]
         costs["reference"] = tokens
         costs["tune"] = SECOND * 60 * config.tuning_minutes
     if config.weighs_layers or config.kronecker:
-        some = tokens if config.kronecker else min(tokens, FISHER_TOKENS)
-        costs["weigh layers"] = DIFFERENTIATE * some
+        weighed = min(tokens, FISHER_TOKENS)
+        run = tokens if config.kronecker else weighed
+        costs["weigh layers"] = DIFFERENTIATE * run + WEIGH * weighed
     if searched:
         count = max(1, min(batches, int(SEARCH_TOKENS // max(1, length))))
         runs = expected_runs(config, count)

@@ -12,7 +12,7 @@ from arc_ao.config import ARCConfig
 from arc_ao.methods.hessian import shared_roundings
 from arc_ao.methods.mix import COMPARED_TOKENS, Mix, search_mix
 from arc_ao.methods.plan import analyse_session, make_plans
-from arc_ao.methods.recipe import Trial, search_batches, search_recipe
+from arc_ao.methods.recipe import Trial, search_batches, search_indices, search_recipe
 from arc_ao.progress import SILENT, Progress
 
 
@@ -32,10 +32,13 @@ def measure_session(
     if batches is None:
         return []
     if config.weighs_layers or config.kronecker:
-        kronecker = config.kronecker
-        some = batches if kronecker else search_batches(batches, FISHER_TOKENS)
         session.fisher = measure_fisher(
-            model, session, some, kronecker=kronecker, progress=progress
+            model,
+            session,
+            batches,
+            search_indices(batches, FISHER_TOKENS),
+            kronecker=config.kronecker,
+            progress=progress,
         )
     if config.mixes:
         session.mix = search_mix(

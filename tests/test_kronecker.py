@@ -108,6 +108,20 @@ def test_factors_are_those_of_plain_autograd():
     assert all(f.products is None for f in measure_fisher(model, session, data).values())
 
 
+def test_inputs_are_weighed_on_some_batches_and_gradients_kept_of_all():
+    model, data = tiny_llama(num_hidden_layers=2).float(), batches()
+    session = calibrated(model, data)
+    whole = measure_fisher(model, session, data, kronecker=True)
+    first = measure_fisher(model, session, data[:1])
+    part = measure_fisher(model, session, data, [0], kronecker=True)
+    for name, mine in part.items():
+        assert mine.count == first[name].count < whole[name].count
+        torch.testing.assert_close(mine.token_square, first[name].token_square)
+        torch.testing.assert_close(mine.token_error, first[name].token_error)
+        torch.testing.assert_close(mine.products, whole[name].products)
+        assert len(mine.tokens) == len(data) and not first[name].tokens
+
+
 def fisher_of(*tokens: Tensor) -> OutputFisher:
     return OutputFisher(torch.ones(4), torch.ones(1, 4), torch.ones(4), tokens=list(tokens))
 

@@ -61,7 +61,7 @@ class OutputFisher:
     token_square: Tensor  # [K], sum of t[m] x[m, k]^2
     token_error: Tensor  # [orders, K], sum of t[m] (x - Q_i(x))[m, k]^2
     output: Tensor  # [N], sum of g[m, n]^2
-    count: int = 0  # tokens of the model's output
+    count: int = 0  # tokens of the model's output in batches whose inputs were weighed
     # Of every call, in order, fp32 [M]: t. And of 64 outputs each, fp32 [ceil(N/64), 64, 64]: the
     # sum of g^T g. Both for rounding by Kronecker factors alone (methods/kronecker.py).
     tokens: list[Tensor] = field(default_factory=list)
@@ -91,6 +91,7 @@ def measure_fisher(
     model: nn.Module,
     session: CalibrationSession,
     batches: list[Batch | Tensor],
+    weighing: list[int] | None = None,
     *,
     kronecker: bool = False,
     progress: Progress = SILENT,
@@ -100,14 +101,18 @@ def measure_fisher(
     None, with a warning that says why, where the model cannot be differentiated.
 
     Args:
-        kronecker: keep `tokens` and `products`, too: 4 bytes a token and 256 an output.
+        weighing: indices of the batches whose inputs are weighed; None: all.
+        kronecker: keep `tokens` and `products` of all batches, too: 4 bytes a token and 256 an
+            output. Without, only the batches in `weighing` run.
     """
     for group in session.groups():
         observer = session.observer_of(group)
         observer.statistics(observer.channel_orders[0])  # refuses a layer that saw no token
     measured = {m.module: _Measured(m.module, kronecker) for m in session.members}
+    weighing = list(range(len(batches))) if weighing is None else weighing
+    running = range(len(batches)) if kronecker else weighing
     try:
-        _run(model, measured, batches, progress)
+        _run(model, measured, [(batches[i], i in weighing) for i in running], progress)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -131,12 +136,15 @@ def _not_measured(reason: str) -> None:
 def _run(
     model: nn.Module,
     measured: dict[nn.Linear, "_Measured"],
-    batches: list[Batch | Tensor],
+    batches: list[tuple[Batch | Tensor, bool]],
     progress: Progress,
 ) -> None:
+    """Batches, and whether the inputs of each are weighed."""
     generator = torch.Generator().manual_seed(SEED)
     with evaluation_mode(model), frozen(model), without_cache(model), torch.enable_grad():
-        for batch in progress.steps("weigh layers", batches):
+        for batch, weighing in progress.steps("weigh layers", batches):
+            for one in measured.values():
+                one.weighing = weighing
             mask = batch.get("attention_mask") if isinstance(batch, dict) else None
             with _watched(model, measured):
                 output = call_model(model, batch)
@@ -187,12 +195,15 @@ class _Frame:
         if key not in self.inputs or key not in self.gradients:
             return
         x, gradient = self.inputs.pop(key), self.gradients.pop(key)
-        squares = self.squares.get(id(x))
-        if squares is None:
-            squares = self.squares[id(x)] = _Squares.of(x, observer_on(key[0]))
-        measured.add(squares, gradient)
+        measured.add(self._squares_of(x, key[0]) if measured.weighing else None, gradient)
         if not self.inputs:
             self.squares.clear()
+
+    def _squares_of(self, x: Tensor, module: nn.Linear) -> "_Squares":
+        squares = self.squares.get(id(x))
+        if squares is None:
+            squares = self.squares[id(x)] = _Squares.of(x, observer_on(module))
+        return squares
 
 
 @dataclass(frozen=True)
@@ -214,7 +225,7 @@ class _Measured:
 
     def __init__(self, module: nn.Linear, kronecker: bool) -> None:
         observer = observer_on(module)
-        self.module, self.kronecker = module, kronecker
+        self.module, self.kronecker, self.weighing = module, kronecker, True
         self.arrived: list[Tensor] = []  # token factors of the batch's calls, the last one first
         zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64, device=module.weight.device)
         self.fisher = OutputFisher(
@@ -227,15 +238,16 @@ class _Measured:
             self.fisher.products = zeros(tiles, TILE_ROWS, TILE_ROWS).float()
 
     @torch.no_grad()
-    def add(self, squares: _Squares, gradient: Tensor) -> None:
-        """Add one call of the linear."""
+    def add(self, squares: _Squares | None, gradient: Tensor) -> None:
+        """Add one call of the linear, with the squares of its input if that is weighed."""
         g = gradient.reshape(-1, gradient.shape[-1]).float()  # [M, N]
         g2 = g.square()
         by_token = g2.sum(1)
         self.fisher.output += g2.sum(0)
-        self.fisher.token_square += by_token @ squares.square
-        for total, (error, order) in zip(self.fisher.token_error, squares.errors, strict=True):
-            total += from_order(by_token @ error, order)
+        if squares is not None:
+            self.fisher.token_square += by_token @ squares.square
+            for total, (error, order) in zip(self.fisher.token_error, squares.errors, strict=True):
+                total += from_order(by_token @ error, order)
         if self.kronecker:
             self.arrived.append(by_token)
             tiles = tiled(g).movedim(1, 0)  # [T, M, 64]
@@ -243,7 +255,7 @@ class _Measured:
 
     def end_batch(self, count: int) -> None:
         """All gradients of a batch of so many tokens have arrived."""
-        self.fisher.count += count
+        self.fisher.count += count if self.weighing else 0
         self.fisher.tokens += reversed(self.arrived)
         self.arrived.clear()
 

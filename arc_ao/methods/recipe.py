@@ -254,6 +254,11 @@ def search_batches(
 ) -> list[Batch | Tensor]:
     """Evenly spaced batches of at most so many tokens together, by default SEARCH_TOKENS: 1 to
     SEARCH_BATCHES."""
+    return [batches[i] for i in search_indices(batches, most_tokens)]
+
+
+def search_indices(batches: list[Batch | Tensor], most_tokens: int | None = None) -> list[int]:
+    """Which batches `search_batches` takes."""
     most = SEARCH_TOKENS if most_tokens is None else most_tokens
     tokens = [num_tokens(batch) for batch in batches]
     fitting = len(batches) * most // max(1, sum(tokens))
@@ -261,5 +266,5 @@ def search_batches(
     while True:
         chosen = [i * len(batches) // count for i in range(count)]
         if count == 1 or sum(tokens[i] for i in chosen) <= most:
-            return [batches[i] for i in chosen]
+            return chosen
         count -= 1
