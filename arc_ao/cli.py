@@ -102,7 +102,7 @@ def _add_quantize(commands: Any) -> None:
         "--calib-tokens",
         type=int,
         metavar="N",
-        help="default: 10 per input channel of the widest linear, at least 16384",
+        help="default: 8192; with GPTQ, 10 per input channel of the widest linear, at least 16384",
     )
     quantize.add_argument(
         "--budget",
@@ -213,21 +213,30 @@ def _quantize(args: argparse.Namespace) -> None:
 
 def _calibration_batches(args: argparse.Namespace, config: Any, model: Any, tokenizer: Any) -> list:
     """Windows of --calib, or of the shipped text, and one line that says how many tokens."""
-    from arc_ao.calibration.data import num_tokens, text_batches, tokens_for_width
+    from arc_ao.calibration.data import num_tokens, text_batches
     from arc_ao.eval.perplexity import read_text
     from arc_ao.shipped import MIXED_TEXT
 
     path, tokens, reason = args.calib or MIXED_TEXT, args.calib_tokens, "as asked for"
     window = min(512, getattr(model.config, "max_position_embeddings", 512))
     if tokens is None:
-        width = _widest(model, config)
-        tokens = tokens_for_width(width, window)
-        reason = f"10 per input channel of the widest linear, {width:,}; at least 16,384"
+        tokens, reason = _tokens_and_reason(config, model, window)
     batches = text_batches(tokenizer, read_text(path), window=window, max_tokens=tokens)
     count = sum(num_tokens(batch) for batch in batches)
     reason += ", as far as the text goes" if count + window <= tokens else ""
     print(f"calibrating on {count:,} tokens of {path.name}: {reason}", flush=True)
     return batches
+
+
+def _tokens_and_reason(config: Any, model: Any, window: int) -> tuple[int, str]:
+    """How many calibration tokens a config wants, and why."""
+    from arc_ao.calibration.data import tokens_for_statistics, tokens_for_width
+
+    if not config.needs_hessian:
+        return tokens_for_statistics(window), "enough where no GPTQ asks for more"
+    width = _widest(model, config)
+    reason = f"10 per input channel of the widest linear, {width:,}; at least 16,384"
+    return tokens_for_width(width, window), reason
 
 
 def _widest(model: Any, config: Any) -> int:

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from arc_ao.calibration.data import text_batches
+from arc_ao.calibration.data import text_batches, tokens_for_statistics
 from arc_ao.config import ARCConfig
 from arc_ao.demo_table import WINDOW, DemoRow, Subject, format_rows, save_rows
 from arc_ao.eval.perplexity import read_text
@@ -24,7 +24,7 @@ from arc_ao.real_models import REAL_MODELS, SMOLLM2, fetch_model
 from arc_ao.shipped import MIXED_TEXT
 from arc_ao.summary import SOURCE
 
-CALIBRATION_TOKENS = 16_384  # 10 for each input channel of the widest linear
+CALIBRATION_TOKENS = 16_384  # 10 for each input channel of the widest linear, for GPTQ
 HELDOUT_TOKENS = 8192
 TIMED_TOKENS = 1536
 NEW_TOKENS = 48
@@ -60,12 +60,14 @@ def run_demo_llm(
     console.print(f"[bold]{title}[/bold], {REAL_MODELS[SMOLLM2].megabytes} MB unless cached")
     model, tokenizer = load_model(fetch_model(SMOLLM2, cache))
     console.print(getattr(model, SOURCE))
-    calibration = read_text(MIXED_TEXT)
-    batches = text_batches(tokenizer, calibration, window=WINDOW, max_tokens=CALIBRATION_TOKENS)
+    text = read_text(MIXED_TEXT)
+    batches = text_batches(tokenizer, text, window=WINDOW, max_tokens=CALIBRATION_TOKENS)
     subject = Subject(model, tokenizer, max_tokens, TIMED_TOKENS)
     rows = [subject.reference_row()]
     rows[0].text = answer(model, tokenizer)
-    for row, quantized in subject.quantized_rows(CONFIGS, batches, console):
+    few = batches[: tokens_for_statistics(WINDOW) // WINDOW]
+    calibration = lambda config: batches if config.needs_hessian else few
+    for row, quantized in subject.quantized_rows(CONFIGS, calibration, console):
         row.text = answer(quantized, tokenizer)
         rows.append(row)
         if row.name == PLOTTED:

@@ -27,7 +27,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from arc_ao import ARCConfig, quantize_
-from arc_ao.calibration.data import num_tokens, text_batches, tokens_for_width
+from arc_ao.calibration.data import (
+    num_tokens,
+    text_batches,
+    tokens_for_statistics,
+    tokens_for_width,
+)
 from arc_ao.eval.perplexity import read_text
 from arc_ao.expected_cost import expected_costs
 from arc_ao.inference import evaluation_mode, run_model
@@ -68,6 +73,13 @@ def real_model(path: Path) -> tuple[nn.Module, list[Tensor]]:
     linears = collect_targets(model, ARCConfig()).modules.values()
     tokens = tokens_for_width(max(linear.in_features for linear in linears), WINDOW)
     return model, text_batches(tokenizer, read_text(MIXED_TEXT), window=WINDOW, max_tokens=tokens)
+
+
+def wanted(recipe: str, batches: list[Tensor]) -> list[Tensor]:
+    """The calibration batches that `arc-ao quantize` takes for a recipe."""
+    if ARCConfig(recipe=recipe).needs_hessian:
+        return batches
+    return batches[: tokens_for_statistics(WINDOW) // WINDOW]
 
 
 def seconds_of_forwards(model: nn.Module, batches: list[Tensor]) -> float:
@@ -170,7 +182,7 @@ def main() -> int:
     for name, build in subjects:
         model, batches = build()
         for recipe in args.recipes:
-            rows.append(measure(name, model, batches, recipe, args.budget))
+            rows.append(measure(name, model, wanted(recipe, batches), recipe, args.budget))
             console.print(format_row(rows[-1]))
     document = {"header": header, "rows": rows}
     if args.json:

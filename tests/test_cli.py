@@ -66,11 +66,14 @@ def test_quantize_chooses_by_layer(model_dir, text_file, tmp_path, capsys):
 
 
 def test_quantize_calibrates_on_the_mixed_text_by_the_models_width(model_dir, tmp_path, capsys):
-    """Without --calib and --calib-tokens: the shipped text, 16,384 tokens for a narrow model."""
-    output, unmeasured = tmp_path / "quantized", ["--recipe", "plain", "--budget", "0"]
-    assert main(["quantize", str(model_dir), "-o", str(output), *unmeasured]) == 0
-    line = capsys.readouterr().out.splitlines()[0]
-    assert line == (
+    """Without --calib and --calib-tokens: the shipped text, as much of it as the rounding wants."""
+    command = ["quantize", str(model_dir), "--recipe", "plain", "--budget", "0", "-o"]
+    assert main([*command, str(tmp_path / "nearest")]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == (
+        "calibrating on 8,192 tokens of calibration_mixed.txt: enough where no GPTQ asks for more"
+    )
+    assert main([*command, str(tmp_path / "gptq"), "--rounding", "gptq"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == (
         "calibrating on 16,384 tokens of calibration_mixed.txt: 10 per input channel of the "
         "widest linear, 128; at least 16,384"
     )

@@ -11,6 +11,7 @@ from arc_ao.memory import release_memory
 from arc_ao.progress import Progress
 
 Batch = dict[str, Any]
+STATISTICS_TOKENS = 8192
 
 
 def to_batches(
@@ -75,6 +76,12 @@ def text_batches(
     if len(windows) > 1 and len(windows[-1]) < window:
         windows.pop()
     return [torch.tensor([w]) for w in windows]
+
+
+def tokens_for_statistics(window: int = 512) -> int:
+    """Calibration tokens where only statistics of single channels are taken: 8,192, in whole
+    windows. They converge long before a Hessian does."""
+    return -(-STATISTICS_TOKENS // window) * window
 
 
 def tokens_for_width(in_features: int, window: int = 512) -> int:
