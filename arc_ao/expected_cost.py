@@ -9,12 +9,12 @@ from arc_ao.calibration.fisher import FISHER_TOKENS
 from arc_ao.config import ARCConfig
 from arc_ao.methods.recipe import SEARCH_TOKENS, expected_runs
 
-OBSERVE = 0.65  # of a token, on top of its forward, for each kind of blocks
+OBSERVE = 0.5  # of a token, on top of its forward, for each kind of blocks
 DIFFERENTIATE = 3.4  # a token forward, again and backward
 WEIGH = 2.0  # the squares of its inputs and errors, on top
 ANALYSE = 300.0  # search of all weights' block scales
-QUANTIZE = 440.0  # all weights under known scales
-RUN = 1.3  # a token through a model that is quantized on the fly
+QUANTIZE = 380.0  # all weights under known scales
+RUN = 1.15  # a token through a model that is quantized on the fly
 GATHER = 4.5  # a token through every block for each of its Hessians
 ROUND = 30_000.0  # factors of all Hessians and error feedback
 CONVERT = 800.0
