@@ -10,6 +10,7 @@ from arc_ao.calibration.fisher import FISHER_TOKENS, measure_fisher
 from arc_ao.calibration.session import CalibrationSession
 from arc_ao.config import ARCConfig
 from arc_ao.methods.hessian import shared_roundings
+from arc_ao.methods.kronecker import forget_routed_tokens
 from arc_ao.methods.mix import COMPARED_TOKENS, Mix, search_mix
 from arc_ao.methods.plan import analyse_session, make_plans
 from arc_ao.methods.recipe import Trial, search_batches, search_indices, search_recipe
@@ -40,6 +41,8 @@ def measure_session(
             kronecker=config.kronecker,
             progress=progress,
         )
+        for fisher in (session.fisher or {}).values():
+            forget_routed_tokens(fisher, batches)
     if config.mixes:
         session.mix = search_mix(
             model, session, search_batches(batches, COMPARED_TOKENS), progress=progress

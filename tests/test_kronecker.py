@@ -101,7 +101,7 @@ def test_factors_are_those_of_plain_autograd():
         handle.remove()
     for name, calls in found.items():
         mine = fisher[name]
-        for call, tokens in zip(calls, mine.tokens, strict=True):
+        for call, (tokens,) in zip(calls, mine.tokens, strict=True):
             torch.testing.assert_close(tokens, call.square().sum(1), rtol=1e-3, atol=1e-12)
         expected = products_of(torch.cat(calls))
         torch.testing.assert_close(mine.products, expected, rtol=1e-3, atol=1e-9)
@@ -123,19 +123,21 @@ def test_inputs_are_weighed_on_some_batches_and_gradients_kept_of_all():
 
 
 def fisher_of(*tokens: Tensor) -> OutputFisher:
-    return OutputFisher(torch.ones(4), torch.ones(1, 4), torch.ones(4), tokens=list(tokens))
+    """Of one call a batch."""
+    calls = [[call] for call in tokens]
+    return OutputFisher(torch.ones(4), torch.ones(1, 4), torch.ones(4), tokens=calls)
 
 
 def test_weights_of_tokens_are_means_over_the_linears_of_an_input():
     one = fisher_of(torch.tensor([1.0, 3.0]), torch.tensor([2.0]))
-    two = fisher_of(torch.tensor([0.0, 0.0]), torch.tensor([60.0]))
-    first, second = kronecker.token_weights([one, two])
-    torch.testing.assert_close(first, torch.tensor([0.25, 0.75]))
-    torch.testing.assert_close(second, torch.tensor([2.0]))
+    two = fisher_of(torch.tensor([10.0, 10.0]), torch.tensor([40.0]))
+    (first,), (second,) = kronecker.token_weights([one, two])
+    torch.testing.assert_close(first, torch.tensor([0.5, 1.0]))
+    torch.testing.assert_close(second, torch.tensor([1.5]))
     assert kronecker.token_weights([one, None]) is None
     assert kronecker.token_weights([one, fisher_of(torch.zeros(2), torch.zeros(1))]) is None
-    spike = torch.cat((torch.tensor([1e6]), torch.zeros(999)))
-    assert kronecker.token_weights([fisher_of(spike)])[0].max() == kronecker.MOST_WEIGHT
+    spike = torch.cat((torch.tensor([1e6]), torch.ones(999)))
+    assert kronecker.token_weights([fisher_of(spike)])[0][0].max() == kronecker.MOST_WEIGHT
 
 
 def test_sums_take_the_weights_of_tokens():

@@ -62,10 +62,12 @@ class OutputFisher:
     token_error: Tensor  # [orders, K], sum of t[m] (x - Q_i(x))[m, k]^2
     output: Tensor  # [N], sum of g[m, n]^2
     count: int = 0  # tokens of the model's output in batches whose inputs were weighed
-    # Of every call, in order, fp32 [M]: t. And of 64 outputs each, fp32 [ceil(N/64), 64, 64]: the
-    # sum of g^T g. Both for rounding by Kronecker factors alone (methods/kronecker.py).
-    tokens: list[Tensor] = field(default_factory=list)
+    # For rounding by Kronecker factors alone (methods/kronecker.py). Of every batch and call in it,
+    # in order, fp32 [M]: t, 0 where no gradient arrived. Of 64 outputs each, fp32 [ceil(N/64), 64,
+    # 64]: the sum of g^T g. And how many of the gradients g in it are not 0.
+    tokens: list[list[Tensor]] = field(default_factory=list)
     products: Tensor | None = None
+    rows: int = 0
 
     def drop_products(self) -> None:
         """Let go what rounding is done with."""
@@ -127,8 +129,9 @@ def measure_fisher(
 
 def _not_measured(reason: str) -> None:
     warnings.warn(
-        f"layers weigh the same in the choice of residuals: the model cannot be differentiated "
-        f"({reason}). ARCConfig(layer_weights='equal') asks for that without this warning",
+        f"layers weigh the same in the choice of residuals, and weights are rounded by their "
+        f"inputs alone: the model cannot be differentiated ({reason}). "
+        "ARCConfig(layer_weights='equal', hessian='inputs') asks for that without this warning",
         stacklevel=4,
     )
 
@@ -182,6 +185,7 @@ class _Frame:
     inputs: dict[tuple[nn.Module, int], Tensor] = field(default_factory=dict)
     gradients: dict[tuple[nn.Module, int], Tensor] = field(default_factory=dict)
     calls: dict[nn.Module, int] = field(default_factory=dict)
+    numbers: dict[tuple[nn.Module, int], int] = field(default_factory=dict)  # of calls in the batch
     squares: dict[int, "_Squares"] = field(default_factory=dict)  # by id of an input
     recomputing: bool = False  # in the second of the two passes
 
@@ -195,7 +199,8 @@ class _Frame:
         if key not in self.inputs or key not in self.gradients:
             return
         x, gradient = self.inputs.pop(key), self.gradients.pop(key)
-        measured.add(self._squares_of(x, key[0]) if measured.weighing else None, gradient)
+        squares = self._squares_of(x, key[0]) if measured.weighing else None
+        measured.add(squares, gradient, self.numbers[key])
         if not self.inputs:
             self.squares.clear()
 
@@ -226,7 +231,7 @@ class _Measured:
     def __init__(self, module: nn.Linear, kronecker: bool) -> None:
         observer = observer_on(module)
         self.module, self.kronecker, self.weighing = module, kronecker, True
-        self.arrived: list[Tensor] = []  # token factors of the batch's calls, the last one first
+        self.calls: list[Tensor] = []  # token factors of the batch's calls, 0 until they arrive
         zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64, device=module.weight.device)
         self.fisher = OutputFisher(
             zeros(module.in_features),
@@ -237,8 +242,14 @@ class _Measured:
             tiles = -(-module.out_features // TILE_ROWS)
             self.fisher.products = zeros(tiles, TILE_ROWS, TILE_ROWS).float()
 
+    def begin_call(self, output: Tensor) -> int:
+        """The linear is called and gives output [*, N]; the number of the call in this batch."""
+        rows = output.shape[:-1].numel()
+        self.calls.append(torch.zeros(rows if self.kronecker else 0, device=output.device))
+        return len(self.calls) - 1
+
     @torch.no_grad()
-    def add(self, squares: _Squares | None, gradient: Tensor) -> None:
+    def add(self, squares: _Squares | None, gradient: Tensor, call: int) -> None:
         """Add one call of the linear, with the squares of its input if that is weighed."""
         g = gradient.reshape(-1, gradient.shape[-1]).float()  # [M, N]
         g2 = g.square()
@@ -249,15 +260,17 @@ class _Measured:
             for total, (error, order) in zip(self.fisher.token_error, squares.errors, strict=True):
                 total += from_order(by_token @ error, order)
         if self.kronecker:
-            self.arrived.append(by_token)
+            self.calls[call] = by_token
             tiles = tiled(g).movedim(1, 0)  # [T, M, 64]
             self.fisher.products.baddbmm_(tiles.mT, tiles)
 
     def end_batch(self, count: int) -> None:
         """All gradients of a batch of so many tokens have arrived."""
         self.fisher.count += count if self.weighing else 0
-        self.fisher.tokens += reversed(self.arrived)
-        self.arrived.clear()
+        if self.kronecker:
+            self.fisher.tokens.append(self.calls)
+            self.fisher.rows += sum(int(call.count_nonzero()) for call in self.calls)
+        self.calls = []
 
 
 @contextmanager
@@ -268,6 +281,8 @@ def _watched(model: nn.Module, measured: dict[nn.Linear, _Measured]) -> Iterator
     def see(module: nn.Linear, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
         frame, one = frames[-1], measured[module]
         key = frame.next_call(module)
+        if not frame.recomputing:
+            frame.numbers[key] = one.begin_call(output)
         if not output.requires_grad:  # the graph begins here
             output = output.detach().requires_grad_().clone()
         if frame.recomputing or frame is frames[0]:

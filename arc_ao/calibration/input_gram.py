@@ -29,7 +29,7 @@ class InputGram:
 
     Attributes:
         count: rows seen.
-        tokens: those of them that are summed.
+        tokens: those of them that are summed, with a weight that is not 0.
         held: the others.
     """
 
@@ -44,7 +44,7 @@ class InputGram:
         rows = x.detach().reshape(-1, x.shape[-1])
         self.count += rows.shape[0]
         rows, weights = self.held.split(rows, weights)
-        self.tokens += rows.shape[0]
+        self.tokens += rows.shape[0] if weights is None else int(weights.count_nonzero())
         weights = token_weights(rows) if weights is None else weights
         for chunk, weight in zip(row_chunks(rows), row_chunks(rows, weights), strict=True):
             self.add_products(self.met(chunk) * weight.sqrt().unsqueeze(1))

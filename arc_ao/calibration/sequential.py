@@ -116,7 +116,7 @@ def quantize_sequentially(
     convert: Callable[[list[Member], Gram | None], dict[str, RoundingNote]],
     finish: Callable[[Member, ARCTensor], None],
     *,
-    token_weights: Callable[[list[Member]], list[Tensor] | None] = lambda group: None,
+    token_weights: Callable[[list[Member]], list[list[Tensor]] | None] = lambda group: None,
     work: WorkDir | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, RoundingNote]:
@@ -128,8 +128,8 @@ def quantize_sequentially(
         convert: quantizes the linears of one input in place, given the sum of its products, or
             None where their plan needs none; how each was rounded, by name.
         finish: puts one quantized weight in its place.
-        token_weights: of the tokens that the linears of one input read, fp32 [rows] for every call
-            in the order of calls; None, or a call of other rows: by their energies.
+        token_weights: of the tokens that the linears of one input read, fp32 [rows] by batch and
+            call, in the order of calls; None, or a call of other rows: by their energies.
         work: finished blocks to take over, and where to keep new ones.
 
     Returns:
@@ -180,7 +180,7 @@ class _Chain:
         )
 
     def gather(
-        self, index: int, linear: nn.Module, plan: LayerPlan, weights: list[Tensor] | None
+        self, index: int, linear: nn.Module, plan: LayerPlan, weights: list[list[Tensor]] | None
     ) -> Gram | None:
         """Products of the inputs of `linear` over all batches, where its plan needs them.
 
@@ -189,8 +189,7 @@ class _Chain:
         if not plan.config.needs_hessian:
             return None
         tokens = self.times.get(linear, 0) * sum(num_tokens(batch) for batch in self.batches)
-        gram, left, mask = Gram(plan, tokens), 0, None
-        calls = iter(weights or ())
+        gram, left, mask, calls = Gram(plan, tokens), 0, None, iter(())
 
         def see(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             nonlocal left
@@ -205,6 +204,7 @@ class _Chain:
         try:
             for i, batch in enumerate(self.batches):
                 left = self.times.get(linear, 0)
+                calls = iter(() if weights is None else weights[i])  # experts are not always called
                 mask = batch.get("attention_mask") if isinstance(batch, dict) else None
                 self._run(index, i)
         finally:

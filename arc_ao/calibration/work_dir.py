@@ -33,7 +33,7 @@ from arc_ao.tensor import ARCTensor
 ROUNDING = "arc_rounding"  # key in the metadata of a block
 FINGERPRINT, CALIBRATION = "fingerprint.json", "calibration.safetensors"
 TUNING = "tuning.safetensors"
-FORMAT = "3"  # raised whenever the same inputs give other bits
+FORMAT = "4"  # raised whenever the same inputs give other bits
 
 
 def fingerprint(

@@ -25,8 +25,9 @@ def held_rows(gram: InputGram, plan: LayerPlan) -> Tensor | None:
     gram.held.clear()
     if rows is None:
         return None
-    weights = held_weights if held_weights is not None else token_weights(rows)
-    weights = weights.sqrt()
+    if held_weights is None or not held_weights.any():  # whose errors cost nothing: of any token
+        held_weights = token_weights(rows)
+    weights = held_weights.sqrt()
     parts = [effective_input(chunk, plan) for chunk in row_chunks(rows)]
     return torch.cat(parts).mul_(weights.unsqueeze(1))
 

@@ -1,11 +1,13 @@
 """What calibration and search found, kept in a work folder and taken over from it."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torchao.core.config import config_from_dict, config_to_dict
 
 from arc_ao.calibration.fisher import OutputFisher
-from arc_ao.calibration.session import CalibrationSession, observer_on
+from arc_ao.calibration.session import CalibrationSession, Member, observer_on
 from arc_ao.calibration.work_dir import WorkDir
 from arc_ao.methods.recipe import Trial
 
@@ -20,8 +22,10 @@ def save_sessions(
         {
             "output_tokens": {name: f.count for name, f in (session.fisher or {}).items()},
             "calls": {
-                name: [len(call) for call in f.tokens] for name, f in (session.fisher or {}).items()
+                name: [[len(call) for call in batch] for batch in f.tokens]
+                for name, f in (session.fisher or {}).items()
             },
+            "rows": {name: f.rows for name, f in (session.fisher or {}).items()},
             "trials": [(config_to_dict(t.config), t.divergence) for t in found],
         }
         for session, found in zip(sessions, trials, strict=True)
@@ -43,8 +47,9 @@ def load_sessions(work: WorkDir, sessions: list[CalibrationSession]) -> list[lis
         for key, buffer in _buffers(session).items():
             buffer.copy_(tensors[key])
         session.fisher = {
-            name: _fisher_of(name, tensors, count, found["calls"][name])
-            for name, count in found["output_tokens"].items()
+            member.name: _fisher_of(member, tensors, found)
+            for member in session.members
+            if member.name in found["output_tokens"]
         } or None
     return [
         [Trial(config_from_dict(config), divergence) for config, divergence in found["trials"]]
@@ -57,15 +62,21 @@ def _tensors_of(name: str, fisher: OutputFisher) -> dict[str, Tensor]:
     if fisher.products is not None:
         tensors[f"{name}.products"] = fisher.products
     if fisher.tokens:
-        tensors[f"{name}.tokens"] = torch.cat(fisher.tokens)
+        tensors[f"{name}.tokens"] = torch.cat([call for batch in fisher.tokens for call in batch])
     return tensors
 
 
-def _fisher_of(name: str, tensors: dict[str, Tensor], count: int, calls: list[int]) -> OutputFisher:
-    fisher = OutputFisher(**{f: tensors[f"{name}.{f}"] for f in FISHER_SUMS}, count=count)
-    fisher.products = tensors.get(f"{name}.products")
-    if calls:
-        fisher.tokens = list(tensors[f"{name}.tokens"].split(calls))
+def _fisher_of(member: Member, tensors: dict[str, Tensor], found: dict[str, Any]) -> OutputFisher:
+    """What was kept of a linear, on its device."""
+    name, device = member.name, member.module.weight.device
+    kept = lambda part: tensors[f"{name}.{part}"].to(device)
+    fisher = OutputFisher(**{part: kept(part) for part in FISHER_SUMS})
+    fisher.count, fisher.rows = found["output_tokens"][name], found["rows"][name]
+    if f"{name}.products" in tensors:
+        fisher.products = kept("products")
+    if calls := found["calls"][name]:
+        parts = iter(kept("tokens").split([rows for batch in calls for rows in batch]))
+        fisher.tokens = [[next(parts) for _ in batch] for batch in calls]
     return fisher
 
 
