@@ -5,14 +5,16 @@ import torch
 from test_fisher import calibrated
 from test_gptq import correlated, plan_for, weights
 from test_kronecker import fisher_of
+from test_recipe import batches
+from tiny_models import tiny_llama
 from torch import Tensor, nn
 
-from arc_ao import ARCConfig
+from arc_ao import ARCConfig, calibrate, quantize_
 from arc_ao.calibration import sequential
 from arc_ao.calibration.fisher import OutputFisher, measure_fisher
 from arc_ao.calibration.gram import Gram
 from arc_ao.calibration.input_gram import token_weights as energy_weights
-from arc_ao.calibration.session import Member
+from arc_ao.calibration.session import Member, observer_on
 from arc_ao.methods import kronecker, measured
 from arc_ao.methods.gptq import damping_for
 from arc_ao.methods.held_error import held_rows
@@ -83,6 +85,21 @@ def test_calls_are_in_order(model, name):
     ratio = 4 if name == "linear" else 9
     for first, second in fisher.tokens:
         torch.testing.assert_close(second, ratio * first, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("kronecker", [False, True])
+def test_a_block_that_keeps_nothing_for_its_backward_pass_is_measured(kronecker):
+    """Where the down projections alone are quantized, nothing before the first asks for more."""
+    model, data = tiny_llama(num_hidden_layers=2), batches()
+    config = ARCConfig(recipe="best").with_step("prepare")
+    quantize_(model, config, filter_fn=lambda module, name: "down_proj" in name)
+    calibrate(model, data, progress=False)
+    session = observer_on(model.model.layers[0].mlp.down_proj).session
+    found = measure_fisher(model, session, data, kronecker=kronecker)
+    assert len(found) == 2
+    for fisher in found.values():
+        assert fisher.total > 0 and (fisher.token_square > 0).all()
+        assert not kronecker or fisher.rows == fisher.count
 
 
 def test_weights_of_a_batch_meet_its_calls(monkeypatch):

@@ -273,6 +273,21 @@ class _Measured:
         self.calls = []
 
 
+class _Begin(torch.autograd.Function):
+    """A copy. Keeps a tensor of no elements, and asks for it in the backward pass: a checkpointed
+    block runs again for that, even if nothing in it keeps anything (x + linear(x))."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor) -> Tensor:
+        ctx.save_for_backward(output.new_empty(0))
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        _ = ctx.saved_tensors
+        return gradient
+
+
 @contextmanager
 def _watched(model: nn.Module, measured: dict[nn.Linear, _Measured]) -> Iterator[None]:
     """Inside, blocks are checkpointed, and gradients of outputs arrive at `measured`."""
@@ -284,7 +299,7 @@ def _watched(model: nn.Module, measured: dict[nn.Linear, _Measured]) -> Iterator
         if not frame.recomputing:
             frame.numbers[key] = one.begin_call(output)
         if not output.requires_grad:  # the graph begins here
-            output = output.detach().requires_grad_().clone()
+            output = _Begin.apply(output.detach().requires_grad_())
         if frame.recomputing or frame is frames[0]:
             frame.inputs[key] = args[0] if args else kwargs["input"]
             frame.meet(key, one)
