@@ -102,7 +102,7 @@ def _add_quantize(commands: Any) -> None:
         "--calib-tokens",
         type=int,
         metavar="N",
-        help="default: 8192; with GPTQ, 10 per input channel of the widest linear, at least 16384",
+        help="default: 16384; with GPTQ, 10 per channel of the widest linear if that is more",
     )
     quantize.add_argument(
         "--budget",

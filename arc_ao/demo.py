@@ -34,7 +34,7 @@ def run_demo(output: Path, *, max_tokens: int | None = None, console: Console) -
     batches = text_batches(tokenizer, read_text(CALIBRATION_TEXT), window=WINDOW)
     subject = Subject(model, tokenizer, max_tokens, TIMED_TOKENS)
     rows = [subject.reference_row()]
-    for row, quantized in subject.quantized_rows(CONFIGS, lambda _: batches, console):  # noqa: B007
+    for row, quantized in subject.quantized_rows(CONFIGS, batches, console):  # noqa: B007
         rows.append(row)
     report = layer_report(quantized, model, batches[:4])
     plot_report(report, output / "layers.png", f"{row.name}: output SQNR per layer, shipped model")

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from arc_ao.calibration.data import text_batches, tokens_for_statistics
+from arc_ao.calibration.data import text_batches
 from arc_ao.config import ARCConfig
 from arc_ao.demo_table import WINDOW, DemoRow, Subject, format_rows, save_rows
 from arc_ao.eval.perplexity import read_text
@@ -24,7 +24,7 @@ from arc_ao.real_models import REAL_MODELS, SMOLLM2, fetch_model
 from arc_ao.shipped import MIXED_TEXT
 from arc_ao.summary import SOURCE
 
-CALIBRATION_TOKENS = 16_384  # 10 for each input channel of the widest linear, for GPTQ
+CALIBRATION_TOKENS = 16_384  # 10 for each input channel of the widest linear
 HELDOUT_TOKENS = 8192
 TIMED_TOKENS = 1536
 NEW_TOKENS = 48
@@ -65,9 +65,7 @@ def run_demo_llm(
     subject = Subject(model, tokenizer, max_tokens, TIMED_TOKENS)
     rows = [subject.reference_row()]
     rows[0].text = answer(model, tokenizer)
-    few = batches[: tokens_for_statistics(WINDOW) // WINDOW]
-    calibration = lambda config: batches if config.needs_hessian else few
-    for row, quantized in subject.quantized_rows(CONFIGS, calibration, console):
+    for row, quantized in subject.quantized_rows(CONFIGS, batches, console):
         row.text = answer(quantized, tokenizer)
         rows.append(row)
         if row.name == PLOTTED:

@@ -109,22 +109,15 @@ class Subject:
         return DemoRow("bf16", metrics.perplexity, None, None, None, None, 16.0, size, None, rate)
 
     def quantized_rows(
-        self,
-        configs: dict[str, ARCConfig],
-        batches_of: Callable[[ARCConfig], list[Tensor]],
-        console: Console,
+        self, configs: dict[str, ARCConfig], batches: list[Tensor], console: Console
     ) -> Iterator[tuple[DemoRow, nn.Module]]:
-        """Row and quantized model of one config after the other; the first is plain NVFP4.
-
-        Args:
-            batches_of: what a config calibrates on.
-        """
+        """Row and quantized model of one config after the other; the first is plain NVFP4."""
         plain_kl = None
         for name, config in configs.items():
             console.print(f"[bold]{name}[/bold]")
             quantized = copy.deepcopy(self.model)
             start = time.perf_counter()
-            summary = quantize_(quantized, config, calibration_data=batches_of(config))
+            summary = quantize_(quantized, config, calibration_data=batches)
             seconds = time.perf_counter() - start
             console.print(f"  {summary}", soft_wrap=True)
             _print_trials(summary.trials[0], console)

@@ -70,7 +70,7 @@ def test_quantize_calibrates_on_the_mixed_text_by_the_models_width(model_dir, tm
     command = ["quantize", str(model_dir), "--recipe", "plain", "--budget", "0", "-o"]
     assert main([*command, str(tmp_path / "nearest")]) == 0
     assert capsys.readouterr().out.splitlines()[0] == (
-        "calibrating on 8,192 tokens of calibration_mixed.txt: enough where no GPTQ asks for more"
+        "calibrating on 16,384 tokens of calibration_mixed.txt: enough where no GPTQ asks for more"
     )
     assert main([*command, str(tmp_path / "gptq"), "--rounding", "gptq"]) == 0
     assert capsys.readouterr().out.splitlines()[0] == (

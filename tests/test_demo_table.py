@@ -46,7 +46,7 @@ def test_rows_are_those_of_evaluate_text():
     }
     batches = [torch.randint(0, 200, (1, 64), generator=torch.Generator().manual_seed(0))]
     console = Console(file=io.StringIO())
-    rows = [row for row, _ in subject.quantized_rows(configs, lambda _: batches, console)]
+    rows = [row for row, _ in subject.quantized_rows(configs, batches, console)]
     plain, weights = rows
     assert plain.closed == 0.0
     assert weights.closed == 1 - weights.mean_kl / plain.mean_kl > 0

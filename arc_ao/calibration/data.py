@@ -11,7 +11,7 @@ from arc_ao.memory import release_memory
 from arc_ao.progress import Progress
 
 Batch = dict[str, Any]
-STATISTICS_TOKENS = 8192
+STATISTICS_TOKENS = 16_384
 
 
 def to_batches(
@@ -79,8 +79,9 @@ def text_batches(
 
 
 def tokens_for_statistics(window: int = 512) -> int:
-    """Calibration tokens where only statistics of single channels are taken: 8,192, in whole
-    windows. They converge long before a Hessian does."""
+    """Calibration tokens where only statistics of single channels are taken: 16,384, in whole
+    windows, for a model of any width. With half of them the default closes a point less of plain
+    NVFP4's divergence on SmolLM2-135M."""
     return -(-STATISTICS_TOKENS // window) * window
 
 
