@@ -4,7 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from arc_ao.config import SAMPLE_TOKENS, ARCConfig, LayerWeights, Recipe
+from arc_ao.config import ARCConfig
+from arc_ao.recipes import SAMPLE_TOKENS, LayerWeights, Recipe
 
 Method = Literal["residual", "rank", "smooth", "exclude"]
 METHODS: tuple[Method, ...] = ("residual", "rank", "smooth", "exclude")

@@ -10,8 +10,9 @@ K x K matrix in fp64): seconds a linear of a small model, minutes where K is in 
 
 from dataclasses import dataclass
 
-from arc_ao.config import ARCConfig, Branch, ChannelOrder, Recipe, Smooth
+from arc_ao.config import ARCConfig
 from arc_ao.config_budget import BudgetConfig
+from arc_ao.recipes import Branch, ChannelOrder, Recipe, Smooth
 
 
 @dataclass

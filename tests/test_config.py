@@ -14,7 +14,7 @@ from torchao.quantization import quantize_ as torchao_quantize_
 from torchao.quantization.quantize_.common.quantization_step import QuantizationStep
 
 from arc_ao import ARCConfig, BudgetConfig, NVFP4Config
-from arc_ao.config import RECIPES
+from arc_ao.recipes import RECIPES
 
 NAN = float("nan")
 
