@@ -62,7 +62,8 @@ sanitize: $(VENV)/.stamp-test  ## native kernels with address and undefined-beha
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 ARC_AO_LIBRARY=$(SANITIZED) $(TEST_ENV) \
 		$(BIN)/python -m pytest tests/test_native_cpu.py tests/test_swizzled.py tests/test_attention.py \
-		tests/test_bf16_linear.py tests/test_block_operators.py -q --capture=sys -p no:cacheprovider \
+		tests/test_bf16_linear.py tests/test_block_operators.py tests/test_round_columns.py \
+		-q --capture=sys -p no:cacheprovider \
 		-k "not compiled and not fake and not opcheck" $(PYTEST_ARGS)
 
 format: $(VENV)/.stamp-test  ## mend what ruff can mend
