@@ -5,7 +5,7 @@ qwen-coder   Qwen2.5-Coder-0.5B-Instruct, --qwen-coder DIR or the package's GGUF
 
 WikiText-2's test text (rows joined by blank lines) and books in windows of 2,048 tokens that do not
 overlap; calibration on windows of the mixed text that the package ships, as many tokens as the
-Hessians of the widest linear want, as `arc-ao quantize` has it.
+Hessians of the widest linear want, as `arc-ao quantize` has it with GPTQ; the same for all rows.
 
 Logits of a text would take gigabytes. One window of the reference and one of the quantized model
 are held at a time: the reference's come from files in the work folder where those of both texts fit

@@ -33,7 +33,7 @@ from arc_ao.calibration.session import CalibrationSession, observer_on
 from arc_ao.eval.score import score_gradient
 from arc_ao.inference import call_model, evaluation_mode, without_cache
 from arc_ao.memory import release_memory
-from arc_ao.methods.output_factor import TILE_ROWS, tiled
+from arc_ao.ops.round_columns import TILE_ROWS, tiled
 from arc_ao.progress import SILENT, Progress
 
 FISHER_TOKENS = 4096  # calibration tokens that are differentiated, at most

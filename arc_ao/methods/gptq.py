@@ -29,16 +29,16 @@ import torch
 from torch import Tensor
 
 from arc_ao.formats import nvfp4
+from arc_ao.methods.cholesky import damped_cholesky
 from arc_ao.methods.output_factor import OutputFactor, tile_chunks
 from arc_ao.methods.scale_search import choose_scales
 from arc_ao.methods.weights import LayerPlan, assemble, in_order
-from arc_ao.ops import block_residuals, round_columns
+from arc_ao.ops import block_residuals, encode_blocks, round_columns
 from arc_ao.tensor import ARCTensor
 
 COLUMNS = 128  # rounded before their feedback to the other groups is one matrix product
 CHUNK_ELEMENTS = 1 << 21  # rows rounded at a time: 8 MiB per fp32 temporary
 SCALE_ELEMENTS = 1 << 18  # rows whose scales are searched at a time: 1 MiB
-RETRIES = 4  # each with ten times the damping
 DAMPING, LEAST, MOST = 1.5, 0.1, 1.0  # DAMPING / (tokens for each column), and its limits
 LITTLE = 0.02  # damping for inputs of a few strong directions, which few tokens show
 # Of the error, which little damping has to stay below. Tokens kept aside have neighbours that are
@@ -123,7 +123,7 @@ def _least_error(
     mean = diagonal[diagonal > 0].mean()  # of live channels
 
     def factorized(damping: float) -> Rounding:
-        lower = _factorize(gram, diagonal, damping * mean)
+        lower = damped_cholesky(gram, diagonal, damping * mean)
         return replace(rounding, lower=lower, damping=damping)
 
     best = dampings[0]
@@ -155,16 +155,6 @@ def _order(diagonal: Tensor, plan: LayerPlan) -> Tensor:
     return first_to_last.flip(0)
 
 
-def _factorize(hessian: Tensor, diagonal: Tensor, damping: Tensor) -> Tensor | None:
-    """Lower Cholesky factor of `hessian` with `diagonal` + damping, or None; overwrites its own."""
-    for attempt in range(RETRIES):
-        hessian.diagonal().copy_(diagonal + damping * 10**attempt)
-        lower, info = torch.linalg.cholesky_ex(hessian)
-        if info.item() == 0 and torch.isfinite(lower.diagonal()).all():
-            return lower
-    return None
-
-
 def round_weight(
     weight: Tensor, plan: LayerPlan, rounding: Rounding, outputs: OutputFactor | None = None
 ) -> ARCTensor:
@@ -194,7 +184,9 @@ def _round_rows(
         for rows in nvfp4.row_chunks(target, SCALE_ELEMENTS)
     ]
     scale, fine = (torch.cat(part) for part in zip(*parts, strict=True))
-    if outputs is None:
+    if rounding.lower is None:
+        codes = _nearest(target, scale, fine, plan.weight_blocks)
+    elif outputs is None:
         codes = _round_columns(target, scale, fine, plan.weight_blocks, rounding, None)
     else:
         ordered = (t.index_select(0, outputs.order) for t in (target, scale, fine))
@@ -211,6 +203,15 @@ def _scales(blocks: Tensor, plan: LayerPlan, local: Tensor) -> tuple[Tensor, Ten
     kept_scale = nvfp4.encode_e4m3(scale.index_select(1, chosen))
     left = nvfp4.to_blocks(block_residuals(kept, kept_scale))
     return scale, choose_scales(left, method, local[chosen.long()])
+
+
+def _nearest(target: Tensor, scale: Tensor, fine: Tensor, chosen: Tensor) -> Tensor:
+    """What `_round_columns` gives where no column makes up for another."""
+    bits = nvfp4.encode_e4m3(scale)
+    kept = nvfp4.to_blocks(target).index_select(1, chosen).flatten(1)
+    left = block_residuals(kept, bits.index_select(1, chosen))
+    packed = encode_blocks(target, bits), encode_blocks(left, nvfp4.encode_e4m3(fine))
+    return nvfp4.unpack(torch.cat(packed, dim=1))
 
 
 def _round_columns(
@@ -230,9 +231,7 @@ def _round_columns(
     device = torch.device("cpu") if outputs is not None else target.device  # whose steps are small
     values = target.T[order].to(device)  # [A, n]
     grid = _Grid(scale.to(device), fine.to(device), chosen.to(device))
-    lower = rounding.lower
-    lower = torch.eye(columns) if lower is None else lower
-    lower, order = lower.to(device), order.to(device)
+    lower, order = rounding.lower.to(device), order.to(device)
     outputs = None if outputs is None else outputs.to(device)
     codes = torch.empty_like(values, dtype=torch.uint8)
     fine_codes = codes.new_empty((fine.shape[1] * nvfp4.BLOCK_SIZE, codes.shape[1]))

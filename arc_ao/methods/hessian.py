@@ -145,7 +145,7 @@ def quantized(
     """Weight [N, K] rounded as planned; to nearest without a `rounding`."""
     if rounding is None:
         return quantize_weight(weight, plan)
-    return round_weight(weight, plan, rounding, outputs if rounding.lower is not None else None)
+    return round_weight(weight, plan, rounding, outputs)
 
 
 @dataclass

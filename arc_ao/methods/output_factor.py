@@ -17,12 +17,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from arc_ao.ops.round_columns import TILE_ROWS
-
-RETRIES = 4  # each with ten times the damping
+from arc_ao.methods.cholesky import damped_cholesky
+from arc_ao.ops.round_columns import TILE_ROWS, tiled
 
 
 @dataclass(frozen=True)
@@ -41,11 +39,6 @@ class OutputFactor:
         """errors [*, N] of the outputs times S: [*, ceil(N/64) * 64]."""
         ordered = tiled(errors.index_select(-1, self.order))
         return torch.einsum("...ti,tij->...tj", ordered, self.upper).flatten(-2)
-
-
-def tiled(outputs: Tensor) -> Tensor:
-    """[*, N] as [*, ceil(N/64), 64], zeros behind."""
-    return F.pad(outputs, (0, -outputs.shape[-1] % TILE_ROWS)).unflatten(-1, (-1, TILE_ROWS))
 
 
 def tile_chunks(rows: int, columns: int, elements: int) -> Iterator[slice]:
@@ -69,20 +62,11 @@ def output_factor(products: Tensor, rows: int, damping: float) -> OutputFactor |
     exists = tiled(torch.ones(rows, device=products.device)) > 0
     first = torch.where(exists, diagonal, -1.0).argsort(dim=1, descending=True, stable=True)
     index = first.unsqueeze(2).expand_as(products)
-    ordered = products.gather(1, index).gather(2, index.mT) / mean
-    for attempt in range(RETRIES):
-        upper = _upper_factor(ordered, damping * 10**attempt)
-        if upper is not None:
-            starts = torch.arange(len(products), device=products.device) * TILE_ROWS
-            return OutputFactor((first + starts.unsqueeze(1)).flatten()[:rows], upper)
-    return None
-
-
-def _upper_factor(products: Tensor, damping: float) -> Tensor | None:
-    """S of products + damping I = S S^T: the Cholesky factor of both reversed."""
-    damped = products.flip(1, 2)
-    damped.diagonal(dim1=1, dim2=2).add_(damping)
-    lower, info = torch.linalg.cholesky_ex(damped)
-    if info.any() or not torch.isfinite(lower).all():
+    reversed_ = (products.gather(1, index).gather(2, index.mT) / mean).flip(1, 2)
+    diagonal = reversed_.diagonal(dim1=1, dim2=2).clone()
+    lower = damped_cholesky(reversed_, diagonal, torch.full_like(mean, damping))
+    if lower is None:
         return None
-    return lower.flip(1, 2).contiguous()
+    starts = torch.arange(len(products), device=products.device) * TILE_ROWS
+    order = (first + starts.unsqueeze(1)).flatten()[:rows]
+    return OutputFactor(order, lower.flip(1, 2).contiguous())  # S: the factor of both reversed

@@ -88,8 +88,8 @@ def _together(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """One column [N], tiles of 64 rows side by side: codes, codes of the residual, p."""
     rows = values.shape[0]
-    values, feedback, scale = _tiles(values), _tiles(feedback), _tiles(scale)
-    fine = None if fine is None else _tiles(fine)
+    values, feedback, scale = tiled(values), tiled(feedback), tiled(scale)
+    fine = None if fine is None else tiled(fine)
     codes = torch.zeros_like(values, dtype=torch.uint8)
     residual = None if fine is None else torch.zeros_like(codes)
     passed = torch.zeros_like(values)
@@ -104,34 +104,27 @@ def _together(
     return tuple(done)
 
 
-def _tiles(column: Tensor) -> Tensor:
-    """[N] as [ceil(N/64), 64], zeros behind."""
-    missing = -column.shape[0] % TILE_ROWS
-    return F.pad(column, (0, missing)).view(-1, TILE_ROWS)
+def tiled(outputs: Tensor) -> Tensor:
+    """[*, N] as [*, ceil(N/64), 64], zeros behind."""
+    return F.pad(outputs, (0, -outputs.shape[-1] % TILE_ROWS)).unflatten(-1, (-1, TILE_ROWS))
 
 
-def _check(
-    values: Tensor,
-    feedback: Tensor,
-    lower: Tensor,
-    scale: Tensor,
-    fine: Tensor | None,
-    outputs: Tensor | None,
-) -> None:
+def _check(values: Tensor, *others: Tensor | None) -> None:
+    """The arguments of the operator, in its order."""
     check(
         values.dtype == torch.float32 and values.dim() == 2,
         f"round_columns: values must be fp32 [columns, rows], got {list(values.shape)}",
     )
     columns, rows = values.shape
-    tiles = -(-rows // TILE_ROWS)
+    same, tiles = [columns, rows], -(-rows // TILE_ROWS)
     expected = {
-        "feedback": (feedback, [columns, rows]),
-        "lower": (lower, [columns, columns]),
-        "scale": (scale, [columns, rows]),
-        "fine": (fine, [columns, rows]),
-        "outputs": (outputs, [tiles, TILE_ROWS, TILE_ROWS]),
+        "feedback": same,
+        "lower": [columns, columns],
+        "scale": same,
+        "fine": same,
+        "outputs": [tiles, TILE_ROWS, TILE_ROWS],
     }
-    for name, (tensor, shape) in expected.items():
+    for (name, shape), tensor in zip(expected.items(), others, strict=True):
         if tensor is not None:
             check(
                 tensor.dtype == torch.float32 and list(tensor.shape) == shape,
