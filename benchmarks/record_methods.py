@@ -132,9 +132,9 @@ def all_rows() -> dict[str, Row]:
 
 
 def describe(row: Row) -> dict[str, Any]:
-    """A row's settings, which also tell one version of a row from another."""
-    fields = {k: v for k, v in vars(row).items() if not k.startswith("_")}
-    return {"class": type(row).__name__, **fields}
+    """A row's settings that are not defaults: they tell one version of a row from another."""
+    own = ((f.name, f.default, getattr(row, f.name)) for f in dataclasses.fields(row))
+    return {"class": type(row).__name__, **{k: v for k, default, v in own if v != default}}
 
 
 def is_seeded(row: Row) -> bool:

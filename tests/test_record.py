@@ -220,7 +220,7 @@ def test_every_row_has_its_own_settings():
     rows = record_methods.all_rows()
     described = [json.dumps(record_methods.describe(row), default=str) for row in rows.values()]
     assert len(set(described)) == len(rows) > 30
-    assert record_methods.describe(rows["SVDQuant r32"])["rank"] == 32
+    assert record_methods.describe(rows["SVDQuant r16"])["rank"] == 16
 
 
 def test_calibration_and_evaluation_keep_apart():
