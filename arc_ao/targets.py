@@ -80,8 +80,9 @@ def collect_targets(
             targets.configs[name], targets.modules[name] = layer_config, module
     _refuse_unmatched(model, config)
     _skip_ragged(targets)
-    targets.leave(unusual)
+    targets.skipped |= unusual
     refuse_no_targets(model, targets)
+    warn_of_left(unusual)
     _skip_fused_experts(model, targets)
     return targets
 
@@ -102,7 +103,7 @@ def refuse_no_targets(model: nn.Module, targets: Targets) -> None:
     others = sorted({type(m).__name__ for m in model.modules() if _is_other_linear(m)})
     raise ValueError(
         "found no linear layer to quantize; expected at least one nn.Linear outside of "
-        f"{sorted(SKIPPED_NAMES)}. Skipped: {targets.skipped or 'none'}. "
+        f"{sorted(SKIPPED_NAMES)}. Skipped: {_by_reason(targets.skipped, 3) or 'none'}. "
         f"Unsupported: {others or 'none'}"
     )
 
@@ -204,11 +205,19 @@ def warn_of_left(reasons: Mapping[str, str]) -> None:
     """One warning of all linears that stay as they are, by name -> why."""
     if not reasons:
         return
+    warnings.warn(f"{len(reasons)} linears stay unquantized: {_by_reason(reasons)}", stacklevel=3)
+
+
+def _by_reason(reasons: Mapping[str, str], most: int | None = None) -> str:
+    """Names, `most` of every reason, and why."""
     names: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         names.setdefault(reason, []).append(name)
-    listed = "; ".join(f"{', '.join(group)} ({reason})" for reason, group in names.items())
-    warnings.warn(f"{len(reasons)} linears stay unquantized: {listed}", stacklevel=3)
+    listed = []
+    for reason, group in names.items():
+        left = [] if most is None or len(group) <= most else [f"{len(group) - most} more"]
+        listed.append(f"{', '.join(group[:most] + left)} ({reason})")
+    return "; ".join(listed)
 
 
 def config_for(name: str, config: AOBaseConfig) -> AOBaseConfig | None:
@@ -296,17 +305,28 @@ def is_head_or_router(name: str, module: nn.Linear, heads: set[nn.Module | None]
 def output_heads(model: nn.Module) -> set[nn.Module | None]:
     """Modules that turn hidden states into a prediction.
 
-    What a transformers model, `model` or one inside it, has outside of its body (`base_model`),
-    other models in it excepted; and its output embeddings, wherever they are.
+    What a transformers model, `model` or one inside it, has beside its body (`base_model`), but for
+    further models and chains of transformer blocks; and its output embeddings, wherever they are.
     """
     models = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
     heads: set[nn.Module | None] = {part.get_output_embeddings() for part in models}
     for part in models:
+        beside = [m for m in part.children() if m is not part.base_model and not _is_body(m)]
         if part.base_model is not part:
-            inner = [m for m in part.modules() if m is not part and isinstance(m, PreTrainedModel)]
-            bodies = [part.base_model, *inner]
-            heads |= set(part.modules()) - {m for body in bodies for m in body.modules()}
+            heads.update(m for child in beside for m in child.modules())
     return heads
+
+
+def _is_body(module: nn.Module) -> bool:
+    """Whether it holds a transformers model, or blocks of four linears, as attention has, or more.
+
+    Such as the decoder of a masked autoencoder.
+    """
+    parts = list(module.modules())
+    blocks = [block for m in parts if isinstance(m, nn.ModuleList) for block in m]
+    return any(isinstance(m, PreTrainedModel) for m in parts) or any(
+        len(linears_of(block)) >= 4 for block in blocks
+    )
 
 
 def _skip_ragged(targets: Targets) -> None:
