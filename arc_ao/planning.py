@@ -20,8 +20,12 @@ from arc_ao.targets import warn_of_left
 
 
 def unreached(sessions: Iterable[tuple[CalibrationSession, ARCConfig]]) -> dict[str, str]:
-    """Name -> why, of the linears that no calibration token reached though their config, beside
-    their session, needs some: experts that were not chosen, vision towers of models that saw text.
+    """Name -> why, of the linears that no calibration token reached though their config needs some.
+
+    Such as experts that were never chosen, and vision towers of models that saw text alone.
+
+    Args:
+        sessions: each with the config that its linears get.
 
     Raises:
         ValueError: no token reached any linear at all.

@@ -98,15 +98,16 @@ class _WeightReads(TorchFunctionMode):
 
     def __init__(self, linears: Mapping[str, nn.Linear]) -> None:
         super().__init__()
+        self.keys = {linear: id(linear.weight) for linear in linears.values()}
         self.names: dict[int, list[str]] = {}  # by id of a weight, of all linears that have it
         for name, linear in linears.items():
-            self.names.setdefault(id(linear.weight), []).append(name)
+            self.names.setdefault(self.keys[linear], []).append(name)
         self.found: dict[int, str] = {}  # id of a weight -> the function that read it
         self.begun = dict.fromkeys(self.names, 0)  # forwards of its linears less calls of F.linear
 
     def begin(self, module: nn.Module, args: tuple) -> None:
         """A forward of a linear begins."""
-        self.begun[id(module.weight)] += 1
+        self.begun[self.keys[module]] += 1
 
     def others(self) -> dict[str, str]:
         """Name of every linear whose weight was read outside of its forward -> why it is left."""

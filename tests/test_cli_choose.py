@@ -45,12 +45,11 @@ def quantize(model: Path, output: Path, *options: str) -> int:
         (["--include", "*.o_proj", "--include", "lm_head"], {"o_proj", "lm_head"}),
     ],
 )
-def test_patterns_choose_linears(options, chosen, model_dir, tmp_path, capsys):
+def test_patterns_choose_linears(options, chosen, model_dir, tmp_path):
     """Exclusion wins; the output head only if it is named in full."""
     assert quantize(model_dir, tmp_path / "out", *options) == 0
     summary = json.loads((tmp_path / "out" / "arc_ao.json").read_text())
     assert {name.rsplit(".", 1)[-1] for name in summary["layers"]} == chosen
-    assert all(" mlp." not in name for name in summary["layers"])
 
 
 @pytest.mark.parametrize("option", ["--include", "--exclude"])

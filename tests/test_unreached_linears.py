@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torchao.quantization import FqnToConfig
 from torchao.quantization import quantize_ as torchao_quantize_
 
-from arc_ao import ARCConfig, ARCTensor, BudgetConfig, NVFP4Config, quantize_
+from arc_ao import ARCConfig, ARCTensor, NVFP4Config, quantize_
 
 BALANCED = ARCConfig(recipe="balanced", budget=0.2)
 IDLE = "layers.0.experts.2.0, layers.0.experts.2.2, layers.1.experts.2.0, layers.1.experts.2.2"
@@ -75,8 +75,6 @@ CONFIGS = {
     "auto": ARCConfig(),
     "best": ARCConfig(recipe="best"),
     "balanced": BALANCED,
-    "budget": BudgetConfig(extra_bits=0.3),
-    "svd": ARCConfig(recipe="balanced", rank=16),
 }
 
 
