@@ -130,6 +130,13 @@ def _add_quantize(commands: Any) -> None:
         "--resume", type=Path, metavar="DIR", help="keep finished blocks here and go on from them"
     )
     quantize.add_argument("--pad-in-features", action="store_true")
+    names = {"action": "append", "default": [], "metavar": "PATTERN"}
+    quantize.add_argument(
+        "--include",
+        **names,
+        help="quantize only linears whose full name matches, such as '*.mlp.*'; may be repeated",
+    )
+    quantize.add_argument("--exclude", **names, help="leave these linears as they are")
 
 
 def _add_eval(commands: Any) -> None:
@@ -193,7 +200,9 @@ def _quantize(args: argparse.Namespace) -> None:
     from arc_ao.config import ARCConfig
     from arc_ao.config_budget import BudgetConfig
     from arc_ao.integrations.huggingface import check_output, load_model, save_pretrained
+    from arc_ao.integrations.processor import copy_processor
     from arc_ao.quantize import quantize_
+    from arc_ao.targets import choose_by_name
 
     check_output(args.output)
     fields = ("budget", "recipe", "rounding", "extra_bits", "tuning_minutes")
@@ -202,25 +211,29 @@ def _quantize(args: argparse.Namespace) -> None:
     kind = ARCConfig if args.extra_bits is None else BudgetConfig
     config = kind(pad_in_features=args.pad_in_features, **given)
     model, tokenizer = load_model(args.model)
-    batches = _calibration_batches(args, config, model, tokenizer)
-    summary = quantize_(model, config, calibration_data=batches, work_dir=args.resume)
+    chosen = choose_by_name(model, config, args.include, args.exclude)
+    batches = _calibration_batches(args, config, chosen, model, tokenizer)
+    summary = quantize_(model, chosen, calibration_data=batches, work_dir=args.resume)
     save_pretrained(model, args.output, tokenizer)
+    copy_processor(args.model, args.output)
     if summary.choices:
         print(summary.describe_choices())
     print(summary)
     print(f"wrote {args.output}")
 
 
-def _calibration_batches(args: argparse.Namespace, config: Any, model: Any, tokenizer: Any) -> list:
+def _calibration_batches(
+    args: argparse.Namespace, config: Any, chosen: Any, model: Any, tokenizer: Any
+) -> list:
     """Windows of --calib, or of the shipped text, and one line that says how many tokens."""
     from arc_ao.calibration.data import num_tokens, text_batches
     from arc_ao.eval.perplexity import read_text
     from arc_ao.shipped import MIXED_TEXT
 
     path, tokens, reason = args.calib or MIXED_TEXT, args.calib_tokens, "as asked for"
-    window = min(512, getattr(model.config, "max_position_embeddings", 512))
+    window = min(512, getattr(model.config.get_text_config(), "max_position_embeddings", 512))
     if tokens is None:
-        tokens, reason = _tokens_and_reason(config, model, window)
+        tokens, reason = _tokens_and_reason(config, chosen, model, window)
     batches = text_batches(tokenizer, read_text(path), window=window, max_tokens=tokens)
     count = sum(num_tokens(batch) for batch in batches)
     reason += ", as far as the text goes" if count + window <= tokens else ""
@@ -228,13 +241,13 @@ def _calibration_batches(args: argparse.Namespace, config: Any, model: Any, toke
     return batches
 
 
-def _tokens_and_reason(config: Any, model: Any, window: int) -> tuple[int, str]:
+def _tokens_and_reason(config: Any, chosen: Any, model: Any, window: int) -> tuple[int, str]:
     """How many calibration tokens a config wants, and why."""
     from arc_ao.calibration.data import tokens_for_statistics, tokens_for_width
 
     if not config.needs_hessian:
         return tokens_for_statistics(window), "enough where no GPTQ asks for more"
-    width = _widest(model, config)
+    width = _widest(model, chosen)
     reason = f"10 per input channel of the widest linear, {width:,}; at least 16,384"
     return tokens_for_width(width, window), reason
 
@@ -314,7 +327,8 @@ def _explain(args: argparse.Namespace) -> None:
     from arc_ao.passes.explain import explain
 
     model, _ = load_model(args.model)
-    explanation = explain(model, torch.arange(args.tokens)[None] % model.config.vocab_size)
+    vocab_size = model.config.get_text_config().vocab_size
+    explanation = explain(model, torch.arange(args.tokens)[None] % vocab_size)
     print(explanation)
     if args.graph:
         args.graph.write_text(explanation.text)

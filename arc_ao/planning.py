@@ -2,12 +2,13 @@
 
 import dataclasses
 import warnings
+from collections.abc import Collection, Iterable
 
 from torch import Tensor, nn
 
 from arc_ao.calibration.data import Batch
 from arc_ao.calibration.fisher import FISHER_TOKENS, measure_fisher
-from arc_ao.calibration.session import CalibrationSession
+from arc_ao.calibration.session import CalibrationSession, detach, observer_on
 from arc_ao.config import ARCConfig
 from arc_ao.methods.hessian import shared_roundings
 from arc_ao.methods.kronecker import forget_routed_tokens
@@ -15,6 +16,33 @@ from arc_ao.methods.mix import COMPARED_TOKENS, Mix, search_mix
 from arc_ao.methods.plan import analyse_session, make_plans
 from arc_ao.methods.recipe import Trial, search_batches, search_indices, search_recipe
 from arc_ao.progress import SILENT, Progress
+from arc_ao.targets import warn_of_left
+
+
+def unreached(sessions: Iterable[tuple[CalibrationSession, ARCConfig]]) -> dict[str, str]:
+    """Name -> why, of the linears that no calibration token reached though their config needs some.
+
+    Such as experts that were never chosen, and vision towers of models that saw text alone.
+
+    Args:
+        sessions: each with the config that its linears get.
+
+    Raises:
+        ValueError: no token reached any linear at all.
+    """
+    seen, missing = 0, {}
+    for session, config in sessions:
+        for member in session.members:
+            count = int(observer_on(member.module).count)
+            seen += count
+            if not count and config.needs_calibration:
+                missing[member.name] = "no calibration token reached it"
+    if missing and not seen:
+        raise ValueError(
+            f"{next(iter(missing))}: expected calibration tokens, found none, as for all "
+            f"{len(missing)} linears; run the prepared model on calibration data before convert"
+        )
+    return missing
 
 
 def measure_session(
@@ -30,7 +58,7 @@ def measure_session(
         What was tried, the winner first; a mix is kept with the session, too.
     """
     config = session.config
-    if batches is None:
+    if batches is None or not session.members:
         return []
     if config.weighs_layers or config.kronecker:
         session.fisher = measure_fisher(
@@ -74,20 +102,39 @@ def plan_session(
     session.config.__dict__.pop("_session", None)  # complete: a config must not hold on to a model
 
 
-def plan_unsearched(session: CalibrationSession, config: ARCConfig) -> None:
-    """Plan a session of the three-step flow, which has no data left to measure recipes on."""
-    refuse_one_call(config)
+def plan_unsearched(sessions: Collection[tuple[CalibrationSession, ARCConfig]]) -> None:
+    """Plan sessions of the three-step flow, which has no data left to measure recipes on.
+
+    Linears that no token reached leave their session, with one warning.
+    """
+    left, everyone = unreached(sessions), [session.members for session, _ in sessions]
+    try:
+        for session, config in sessions:
+            refuse_one_call(config)
+            _warn_of_unmeasured(config)
+            session.members = [member for member in session.members if member.name not in left]
+            roundings = shared_roundings(session) if config.needs_hessian else {}
+            plan_session(session, config.resolve())
+            session.roundings = roundings
+    except BaseException:
+        for (session, _), members in zip(sessions, everyone, strict=True):
+            session.members = members  # convert may be called again, with data for all of them
+        raise
+    for member in (member for members in everyone for member in members):
+        if member.name in left:
+            detach(member.module)
+    warn_of_left(left)
+
+
+def _warn_of_unmeasured(config: ARCConfig) -> None:
     weighed = ["layer_weights"] if config.weighs_layers else []
     weighed += ["hessian"] if config.kronecker else []
     if unmeasured := config.searched + weighed:
         warnings.warn(
             f"the three steps cannot measure {', '.join(unmeasured)}; taking those of "
             "recipe='balanced'. Call arc_ao.quantize_(..., calibration_data=...) to measure them",
-            stacklevel=2,
+            stacklevel=3,
         )
-    roundings = shared_roundings(session) if config.needs_hessian else {}
-    plan_session(session, config.resolve())
-    session.roundings = roundings
 
 
 def refuse_one_call(config: ARCConfig) -> None:

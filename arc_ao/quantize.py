@@ -27,7 +27,6 @@ from arc_ao.config import ARCConfig
 from arc_ao.config_family import CONFIGS
 from arc_ao.convert_blocks import convert_blocks
 from arc_ao.expected_cost import expected_costs
-from arc_ao.formats.nvfp4 import BLOCK_SIZE
 from arc_ao.integrations.huggingface import attach_quantizer
 from arc_ao.loading import empty_tensor
 from arc_ao.memory import release_memory
@@ -36,11 +35,18 @@ from arc_ao.methods.plan import weight_amax
 from arc_ao.methods.recipe import Trial
 from arc_ao.methods.tuning.session import tuning_session
 from arc_ao.methods.weights import quantize_weight
-from arc_ao.planning import measure_session, plan_session, plan_unsearched, refuse_one_call
+from arc_ao.planning import (
+    measure_session,
+    plan_session,
+    plan_unsearched,
+    refuse_one_call,
+    unreached,
+)
 from arc_ao.progress import Progress
 from arc_ao.summary import QuantizationSummary, model_bytes, summarize
-from arc_ao.targets import FilterFn, check_linear, collect_targets, is_ragged
+from arc_ao.targets import FilterFn, Targets, check_linear, collect_targets, unsuited
 from arc_ao.tensor import ARCTensor
+from arc_ao.trial_run import check_runs, try_out
 
 NAME = "_arc_name"  # fully qualified name, on a linear while quantize_ runs
 
@@ -59,7 +65,9 @@ def quantize_(
     """Quantize the linears of `model` in place.
 
     Args:
-        model: any module; output heads, embeddings, routers and norms are left alone.
+        model: any module; output heads, embeddings, routers and norms are left alone, and so are,
+            with one warning, linears that are more than F.linear of a weight of their own, and
+            those that no calibration token reaches.
         config: ARCConfig (default `ARCConfig()`), or torchao's FqnToConfig of them per layer.
         calibration_data: iterable of input-id tensors, keyword dicts, or strings (with
             `tokenizer`). Not needed where nothing is measured (`budget=0` with `recipe="plain"`).
@@ -76,7 +84,8 @@ def quantize_(
 
     Raises:
         ValueError: a layer that cannot be quantized, missing calibration data, or a `work_dir` of
-            another model, config or data.
+            another model, config or data. RuntimeError: the quantized model does not run on its
+            shortest batch; its weights are gone by then.
     """
     config = ARCConfig() if config is None else config
     if not isinstance(config, AOBaseConfig):
@@ -88,14 +97,17 @@ def quantize_(
             raise ValueError("work_dir: expected None for one of torchao's steps; use the one call")
         _run_step(model, groups, progress)
         return None
-    arc_groups = [(c, modules) for c, modules in groups if isinstance(c, ARCConfig)]
-    _require_data(arc_groups, calibration_data)
+    _require_data(groups, calibration_data)
     for name, module in targets.modules.items():
+        _refuse_prepared(name, module)
         weight_amax(Member(name, module))  # refuses NaN and Inf
     before = model_bytes(model)
     batches = None
     if calibration_data is not None:
         batches = to_batches(calibration_data, tokenizer, max_length)
+    example = try_out(model, targets, batches)
+    groups = targets.by_config()
+    arc_groups = [(c, modules) for c, modules in groups if isinstance(c, ARCConfig)]
     tuning = tuning_session(arc_groups, batches)
     work = None
     if work_dir is not None:
@@ -103,7 +115,7 @@ def quantize_(
     stages = _stages([c for c, _ in arc_groups], batches or [], progress)
     with closing(stages):
         with _unchanged_on_error(model):
-            resolved = _calibrate_and_resolve(model, arc_groups, batches, work, stages)
+            resolved = _calibrate_and_resolve(model, arc_groups, targets, batches, work, stages)
             if tuning is not None:
                 tuning.record(model, set(targets.modules.values()), stages)
             for layer_config, modules in groups:
@@ -117,6 +129,7 @@ def quantize_(
             )
         _convert_groups([(resolved[id(c)][0], modules) for c, modules in arc_groups], stages)
         tuned = None if tuning is None else tuning.run(model, work, stages)
+    check_runs(model, example)
     attach_quantizer(model)
     choices = {name: found for session in sessions for name, found in session.choices.items()}
     tried = [(final, trials) for final, trials, _ in resolved.values()]
@@ -132,11 +145,15 @@ def _stages(configs: list[ARCConfig], batches: list[Batch | Tensor], show: bool)
 def _calibrate_and_resolve(
     model: nn.Module,
     groups: list[tuple[ARCConfig, dict[str, nn.Linear]]],
+    targets: Targets,
     batches: list[Batch | Tensor] | None,
     work: WorkDir | None,
     progress: Progress,
 ) -> dict[int, tuple[ARCConfig, list[Trial], CalibrationSession]]:
-    """Prepare, calibrate, measure; id of each config -> its convert config, trials and session."""
+    """Prepare, calibrate, measure; id of each config -> its convert config, trials and session.
+
+    Linears that no token reached leave the targets.
+    """
     for config, modules in groups:
         prepare = config.with_step("prepare")
         prepare.__dict__["_session"] = CalibrationSession(prepare, sums_products=False)
@@ -149,7 +166,10 @@ def _calibrate_and_resolve(
         for session in sessions:
             session.spread_samples(sum(num_tokens(batch) for batch in batches))
         observe(model, batches, progress)
+    left = unreached((session, session.config) for session in sessions)
+    targets.leave(left)
     for session in sessions:
+        session.leave(left.keys())
         session.observing = False  # a search for one config must not feed the others
     if measured is None:
         measured = [measure_session(model, s, batches, progress=progress) for s in sessions]
@@ -167,35 +187,35 @@ def _run_step(
     model: nn.Module, groups: list[tuple[AOBaseConfig, dict[str, nn.Linear]]], progress: bool
 ) -> None:
     """One of torchao's steps. Conversions come last, when nothing can be refused any more."""
-    converts = []
+    converting = lambda config: isinstance(config, ARCConfig) and config.step == "convert"
+    converts = [group for group in groups if converting(group[0])]
     with _unchanged_on_error(model):
+        _plan_prepared(converts)
         for config, modules in groups:
-            if isinstance(config, ARCConfig) and config.step == "convert":
-                _plan_prepared(config, modules)
-                converts.append((config, modules))
-                continue
             if isinstance(config, ARCConfig) and config.step == "prepare":
                 refuse_one_call(config)
                 config.__dict__.pop("_session", None)  # every "prepare" starts its own session
-            _apply(model, config, modules)
+            if not converting(config):
+                _apply(model, config, modules)
     if converts:
         stages = Progress({"convert": 1.0}, show=progress)
         _convert_groups(converts, stages)
         stages.close()
-    if converts:
         attach_quantizer(model)
 
 
-def _plan_prepared(config: ARCConfig, modules: dict[str, nn.Linear]) -> None:
+def _plan_prepared(groups: list[tuple[ARCConfig, dict[str, nn.Linear]]]) -> None:
     """Plan every session that these linears belong to."""
-    observers = [observer_on(module) for module in modules.values()]
-    if all(observer is None for observer in observers):
-        raise ValueError(
-            f"{next(iter(modules))}: expected a prepared linear, found one without an "
-            "observer; call quantize_ with step='prepare' and run calibration data first"
-        )
-    for session in {id(o.session): o.session for o in observers if o is not None}.values():
-        plan_unsearched(session, config)
+    sessions: dict[int, tuple[CalibrationSession, ARCConfig]] = {}
+    for config, modules in groups:
+        observers = [o for o in map(observer_on, modules.values()) if o is not None]
+        if not observers:
+            raise ValueError(
+                f"{next(iter(modules))}: expected a prepared linear, found one without an "
+                "observer; call quantize_ with step='prepare' and run calibration data first"
+            )
+        sessions |= {id(o.session): (o.session, config) for o in observers}
+    plan_unsearched(sessions.values())
 
 
 def _convert_groups(
@@ -259,14 +279,12 @@ def _arc_transform(
     """torchao's handler: one step on one linear."""
     if parameter_name != "weight":
         raise ValueError(f"ARCConfig quantizes the parameter 'weight', got {parameter_name!r}")
-    if is_ragged(module, config) and config.step == "convert":
+    reason = unsuited(module, config)
+    if reason and config.step == "convert":
         return module  # "prepare" has said so
-    if is_ragged(module, config):
-        warnings.warn(
-            f"{_name_of(module)} stays unquantized because in_features is not a multiple of "
-            f"{BLOCK_SIZE} (ARCConfig(pad_in_features=True) pads it)",
-            stacklevel=2,
-        )
+    if reason:
+        name = _name_of(module)
+        warnings.warn(f"{name} stays unquantized because {reason}", stacklevel=2)
     elif config.step == "prepare":
         _prepare(module, config)
     elif config.step == "convert":
@@ -293,15 +311,19 @@ def _prepare(module: nn.Linear, config: ARCConfig) -> None:
     observer = observer_on(module)
     if observer is not None and observer.session is session:
         return  # a module of two parents is visited twice
-    if observer is not None:
-        raise ValueError(
-            f"{_name_of(module)}: expected a linear without an observer, found a prepared one; "
-            "convert it before preparing again"
-        )
+    _refuse_prepared(_name_of(module), module)
     if session is None:
         session = CalibrationSession(config)
         config.__dict__["_session"] = session
     session.attach(_name_of(module), module)
+
+
+def _refuse_prepared(name: str, module: nn.Linear) -> None:
+    if observer_on(module) is not None:
+        raise ValueError(
+            f"{name}: expected a linear without an observer, found a prepared one; convert it "
+            "before preparing again"
+        )
 
 
 def _convert(module: nn.Linear, config: ARCConfig) -> None:
@@ -310,7 +332,9 @@ def _convert(module: nn.Linear, config: ARCConfig) -> None:
         return  # not prepared, so not a target
     session = observer.session
     if session.plans is None or observer.name not in session.plans:
-        plan_unsearched(session, config)
+        plan_unsearched([(session, config)])
+    if observer.name not in session.plans:
+        return  # no token reached it
     name, weight = observer.name, module.weight.detach()
     plan, rounding = session.plans.pop(name), session.roundings.pop(name, None)
     tensor = rounding.quantize(name, weight, plan) if rounding else quantize_weight(weight, plan)
@@ -347,8 +371,9 @@ class _QuantizedRepr:
         return f"{nn.Linear.extra_repr(self.module)}, weight={self.module.weight}"
 
 
-def _require_data(groups: list[tuple[ARCConfig, Any]], data: Iterable[Any] | None) -> None:
-    if data is None and any(config.needs_calibration for config, _ in groups):
+def _require_data(groups: list[tuple[AOBaseConfig, Any]], data: Iterable[Any] | None) -> None:
+    configs = [config for config, _ in groups if isinstance(config, ARCConfig)]
+    if data is None and any(config.needs_calibration for config in configs):
         raise ValueError(
             "expected calibration_data for residual channels, channel scales or a low-rank branch, "
             "found None; pass batches of input ids (a few thousand tokens of typical text), or use "

@@ -2,19 +2,26 @@
 
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import FqnToConfig
 from torchao.utils import TorchAOBaseTensor
+from transformers import PreTrainedModel
 
 from arc_ao.config import ARCConfig
 from arc_ao.formats.nvfp4 import BLOCK_SIZE
 
-SKIPPED_NAMES = {"lm_head", "embed_out", "gate", "router", "shared_expert_gate"}
+SKIPPED_NAMES = {"lm_head", "embed_out", "classifier", "score", "qa_outputs"}
+SKIPPED_NAMES |= {"gate", "router", "shared_expert_gate"}
+PADDING = "ARCConfig(pad_in_features=True) pads it"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -34,54 +41,115 @@ class Targets:
             groups.setdefault(id(config), (config, {}))[1][name] = self.modules[name]
         return list(groups.values())
 
+    def leave(self, reasons: Mapping[str, str]) -> None:
+        """Drop linears by name -> why they stay as they are, and warn once of all of them."""
+        for name in reasons:
+            self.modules.pop(name, None)
+            self.configs.pop(name, None)
+        self.skipped |= reasons
+        warn_of_left(reasons)
+
 
 def collect_targets(
     model: nn.Module, config: AOBaseConfig, filter_fn: FilterFn | None = None
 ) -> Targets:
     """Targets of `config` (one config, or FqnToConfig per layer) in `model`.
 
-    Warns once, listing every layer whose in_features is not a multiple of 16.
+    Warns once of all linears that are not F.linear of a weight of their own, and once of all whose
+    in_features is not a multiple of 16.
 
     Raises:
         ValueError: a chosen layer that cannot be quantized, naming it; or no layer chosen at all.
     """
-    targets = Targets()
+    targets, heads = Targets(), output_heads(model)
     embeddings = {
         id(module.weight): name
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding)
     }
-    for name, module in model.named_modules():
-        if not is_plain_linear(module):
-            continue
+    unusual: dict[str, str] = {}
+    for name, module in linears_of(model).items():
         layer_config = config_for(name, config)
-        reason = _skip_reason(model, name, module, layer_config, config, filter_fn)
+        reason = _skip_reason(name, module, heads, config, filter_fn)
         if reason:
             targets.skipped[name] = reason
-            continue
-        check_linear(name, module, embeddings)
-        targets.configs[name], targets.modules[name] = layer_config, module
+        elif reason := not_plain(module):
+            unusual[name] = reason
+        else:
+            check_linear(name, module, embeddings)
+            targets.configs[name], targets.modules[name] = layer_config, module
     _refuse_unmatched(model, config)
     _skip_ragged(targets)
-    if not targets.modules:
-        others = sorted({type(m).__name__ for m in model.modules() if _is_other_linear(m)})
-        raise ValueError(
-            "found no linear layer to quantize; expected at least one nn.Linear outside of "
-            f"{sorted(SKIPPED_NAMES)}. Skipped: {targets.skipped or 'none'}. "
-            f"Unsupported: {others or 'none'}"
-        )
+    targets.skipped |= unusual
+    refuse_no_targets(model, targets)
+    warn_of_left(unusual)
     _skip_fused_experts(model, targets)
     return targets
+
+
+def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every nn.Linear by its fully qualified name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
+def refuse_no_targets(model: nn.Module, targets: Targets) -> None:
+    """Refuse a model with nothing to quantize.
+
+    Raises:
+        ValueError: no target, saying why each linear was skipped.
+    """
+    if targets.modules:
+        return
+    others = sorted({type(m).__name__ for m in model.modules() if _is_other_linear(m)})
+    raise ValueError(
+        "found no linear layer to quantize; expected at least one nn.Linear outside of "
+        f"{sorted(SKIPPED_NAMES)}. Skipped: {_by_reason(targets.skipped, 3) or 'none'}. "
+        f"Unsupported: {others or 'none'}"
+    )
+
+
+def choose_by_name(
+    model: nn.Module, config: AOBaseConfig, include: Iterable[str], exclude: Iterable[str]
+) -> AOBaseConfig:
+    """`config` for some linears alone, chosen by shell patterns of their fully qualified names.
+
+    Args:
+        include: quantize no others than these; none stands for all. Output heads and routers stay
+            as they are unless one is named in full.
+        exclude: leave these as they are, included or not.
+
+    Raises:
+        ValueError: a pattern that matches no linear.
+    """
+    include, exclude, linears = list(include), list(exclude), linears_of(model)
+    for pattern in (*include, *exclude):
+        if not any(fnmatchcase(name, pattern) for name in linears):
+            raise ValueError(
+                f"{pattern!r} matches no linear of the model; expected a pattern such as '*.mlp.*' "
+                f"of whole names such as {next(iter(linears), None)!r}"
+            )
+    if not include and not exclude:
+        return config
+    heads, chosen = output_heads(model), {}
+    for name, module in linears.items():
+        included = any(fnmatchcase(name, pattern) for pattern in include or ["*"])
+        excluded = any(fnmatchcase(name, pattern) for pattern in exclude)
+        kept = is_head_or_router(name, module, heads) and name not in include
+        if included and not excluded and not kept:
+            chosen[name] = config
+    return FqnToConfig(OrderedDict(chosen))
 
 
 def _refuse_unmatched(model: nn.Module, config: AOBaseConfig) -> None:
     """A key of FqnToConfig that names no linear is a mistake that would go unnoticed."""
     if not isinstance(config, FqnToConfig):
         return
-    names = [name for name, module in model.named_modules() if is_plain_linear(module)]
+    names = {fqn for name in linears_of(model) for fqn in (name, f"{name}.weight")}
     for key in config.fqn_to_config:
-        single = FqnToConfig({key: None})
-        if key != "_default" and not any(_matching_key(name, single) for name in names):
+        found = key in names or key == "_default"
+        if key.startswith("re:"):
+            found = any(re.fullmatch(key[3:], name) for name in names)
+        if not found:
             raise ValueError(
                 f"FqnToConfig: {key!r} matches no nn.Linear of the model; regular expressions "
                 "start with 're:' and match the whole name"
@@ -95,24 +163,61 @@ def _is_other_linear(module: nn.Module) -> bool:
 
 
 def _skip_fused_experts(model: nn.Module, targets: Targets) -> None:
-    """List 3-D weights of fused experts, which stay as they are, and warn once."""
-    convolution = nn.modules.conv._ConvNd
+    """List 3-D weights, such as those of fused experts, which stay as they are, and warn once."""
+    convolution = (nn.modules.conv._ConvNd, ParametrizationList)  # weight norm splits its weight
+    names = []
     for name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
             several = parameter.dim() == 3 and parameter.shape[0] > 1  # [1, T, K] is an embedding
             if several and not isinstance(module, convolution):
-                targets.skipped[f"{name}.{key}"] = "fused experts (a 3-D weight) are not supported"
-    fused = [name for name, reason in targets.skipped.items() if "fused experts" in reason]
-    if fused:
+                names.append(f"{name}.{key}" if name else key)
+    targets.skipped |= dict.fromkeys(names, "3-D weights (fused experts) are not supported")
+    if names:
         warnings.warn(
-            f"{len(fused)} fused expert weights stay unquantized: {', '.join(fused)}", stacklevel=3
+            f"{len(names)} 3-D weights, such as fused experts, stay unquantized: "
+            f"{', '.join(names)}",
+            stacklevel=3,
         )
 
 
-def is_plain_linear(module: nn.Module) -> bool:
-    """An nn.Linear whose weight is used through F.linear."""
-    special = nn.modules.linear.NonDynamicallyQuantizableLinear
-    return isinstance(module, nn.Linear) and not isinstance(module, special)
+def not_plain(module: nn.Linear) -> str | None:
+    """Why a linear is more than F.linear(x, weight, bias) of a weight of its own, or None."""
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads its weight"
+    if type(module).forward is not nn.Linear.forward:
+        return f"{type(module).__name__} has a forward of its own"
+    if "weight" not in module._parameters:
+        return (
+            "its weight is computed when it runs (weight_norm, spectral_norm, pruning); make that "
+            "permanent to quantize it"
+        )
+    return None
+
+
+def unsuited(module: nn.Linear, config: AOBaseConfig) -> str | None:
+    """Why a linear that is looked at alone stays as it is, or None."""
+    if is_ragged(module, config):
+        return f"in_features is not a multiple of {BLOCK_SIZE} ({PADDING})"
+    return not_plain(module)
+
+
+def warn_of_left(reasons: Mapping[str, str]) -> None:
+    """One warning of all linears that stay as they are, by name -> why."""
+    if not reasons:
+        return
+    warnings.warn(f"{len(reasons)} linears stay unquantized: {_by_reason(reasons)}", stacklevel=3)
+
+
+def _by_reason(reasons: Mapping[str, str], most: int | None = None) -> str:
+    """Names, `most` of every reason, and why."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    listed = []
+    for reason, group in names.items():
+        left = [] if most is None or len(group) <= most else [f"{len(group) - most} more"]
+        listed.append(f"{', '.join(group[:most] + left)} ({reason})")
+    return "; ".join(listed)
 
 
 def config_for(name: str, config: AOBaseConfig) -> AOBaseConfig | None:
@@ -156,6 +261,11 @@ def check_linear(name: str, module: nn.Linear, embeddings: Mapping[int, str] | N
             f"{name}: expected a weight with data, found one on the meta device; load the "
             "checkpoint first"
         )
+    if is_lazy(weight):
+        raise ValueError(
+            f"{name}: expected a weight with data, found one without a shape (LazyLinear); run the "
+            "model once first"
+        )
     if weight.dtype not in DTYPES:
         raise ValueError(
             f"{name}: expected a weight in bfloat16, float16 or float32, found {weight.dtype}; "
@@ -170,27 +280,53 @@ def check_linear(name: str, module: nn.Linear, embeddings: Mapping[int, str] | N
 
 
 def _skip_reason(
-    model: nn.Module,
     name: str,
     module: nn.Linear,
-    layer_config: AOBaseConfig | None,
+    heads: set[nn.Module | None],
     config: AOBaseConfig,
     filter_fn: FilterFn | None,
 ) -> str | None:
-    if layer_config is None:
+    if config_for(name, config) is None:
         return "excluded by its config"
     if filter_fn is not None:
         return None if filter_fn(module, name) else "excluded by filter_fn"
     if isinstance(config, FqnToConfig) and _matching_key(name, config) is not None:
         return None  # asked for by name
-    if name.rsplit(".", 1)[-1] in SKIPPED_NAMES or module is _output_embeddings(model):
+    if is_head_or_router(name, module, heads):
         return "output head or router, kept in its own precision"
     return None
 
 
-def _output_embeddings(model: nn.Module) -> nn.Module | None:
-    get = getattr(model, "get_output_embeddings", None)
-    return get() if callable(get) else None
+def is_head_or_router(name: str, module: nn.Linear, heads: set[nn.Module | None]) -> bool:
+    """Whether a linear stays as it is unless it is asked for by name."""
+    return name.rsplit(".", 1)[-1] in SKIPPED_NAMES or module in heads
+
+
+def output_heads(model: nn.Module) -> set[nn.Module | None]:
+    """Modules that turn hidden states into a prediction.
+
+    What a transformers model, `model` or one inside it, has beside its body (`base_model`), but for
+    further models and chains of transformer blocks; and its output embeddings, wherever they are.
+    """
+    models = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+    heads: set[nn.Module | None] = {part.get_output_embeddings() for part in models}
+    for part in models:
+        beside = [m for m in part.children() if m is not part.base_model and not _is_body(m)]
+        if part.base_model is not part:
+            heads.update(m for child in beside for m in child.modules())
+    return heads
+
+
+def _is_body(module: nn.Module) -> bool:
+    """Whether it holds a transformers model, or blocks of four linears, as attention has, or more.
+
+    Such as the decoder of a masked autoencoder.
+    """
+    parts = list(module.modules())
+    blocks = [block for m in parts if isinstance(m, nn.ModuleList) for block in m]
+    return any(isinstance(m, PreTrainedModel) for m in parts) or any(
+        len(linears_of(block)) >= 4 for block in blocks
+    )
 
 
 def _skip_ragged(targets: Targets) -> None:
@@ -207,7 +343,7 @@ def _skip_ragged(targets: Targets) -> None:
         listed = ", ".join(f"{name} ({k})" for name, k in ragged.items())
         warnings.warn(
             f"{len(ragged)} layers stay unquantized because in_features is not a multiple of "
-            f"{BLOCK_SIZE} (ARCConfig(pad_in_features=True) pads them): {listed}",
+            f"{BLOCK_SIZE} ({PADDING}): {listed}",
             stacklevel=4,
         )
 

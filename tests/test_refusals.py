@@ -125,12 +125,11 @@ class Routed(nn.Module):
         return self.second(self.first(x)) if len(x) > 1 else self.first(x)
 
 
-def test_a_layer_that_never_ran_is_refused():
-    """By name, in one call and in three steps, where the model stays prepared."""
-    model, match = Routed(), "^second: expected calibration tokens, found none"
-    refused(model, BALANCED, match=match, calibration_data=[torch.ones(1, 32)])
+def test_data_that_reaches_no_layer_is_refused():
+    """In one call and in three steps, where the model stays prepared."""
+    model, match = Routed(), "^first: expected calibration tokens, found none, as for all 2 linears"
+    refused(model, BALANCED, match=match, calibration_data=[torch.ones(0, 32)])
     quantize_(model, BALANCED.with_step("prepare"))
-    model(torch.ones(1, 32))
     refused(model, BALANCED.with_step("convert"), match=match)
     with unchanged(model), pytest.raises(ValueError, match=match):
         torchao_quantize_(model, BALANCED.with_step("convert"))

@@ -22,11 +22,14 @@ from torchao.quantization import FqnToConfig
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     TorchAoConfig,
 )
 from transformers.integrations.torchao import TorchAoDeserialize
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -200,9 +203,15 @@ def load_model(directory: str | Path, dtype: Any = "auto") -> tuple[PreTrainedMo
         )
     config = AutoConfig.from_pretrained(directory)
     architecture = (config.architectures or [""])[0]
-    model_class = getattr(transformers, architecture, AutoModelForCausalLM)
+    model_class = getattr(transformers, architecture, auto_class(config))
     model = model_class.from_pretrained(directory, dtype=dtype).eval()
     return model, AutoTokenizer.from_pretrained(directory)
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """By what a model is opened whose config.json names no class of transformers."""
+    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
 
 def check_output(directory: Path) -> None:

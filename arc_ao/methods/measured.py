@@ -45,7 +45,8 @@ def load_sessions(work: WorkDir, sessions: list[CalibrationSession]) -> list[lis
     tensors, measured = loaded
     for session, found in zip(sessions, measured, strict=True):
         for key, buffer in _buffers(session).items():
-            buffer.copy_(tensors[key])
+            if key in tensors:  # not of linears that no token reached
+                buffer.copy_(tensors[key])
         session.fisher = {
             member.name: _fisher_of(member, tensors, found)
             for member in session.members
