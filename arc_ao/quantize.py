@@ -178,6 +178,8 @@ def _run_step(
                 refuse_one_call(config)
                 config.__dict__.pop("_session", None)  # every "prepare" starts its own session
             _apply(model, config, modules)
+            if session := config.__dict__.get("_session"):
+                session.watch(model)
     if converts:
         stages = Progress({"convert": 1.0}, show=progress)
         _convert_groups(converts, stages)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from arc_ao.calibration.padding import watched
 from arc_ao.inference import evaluation_mode, run_model
 from arc_ao.memory import release_memory
 from arc_ao.progress import Progress
@@ -96,13 +97,15 @@ def tokens_for_width(in_features: int, window: int = 512) -> int:
 
 
 def num_tokens(batch: Batch | Tensor) -> int:
-    """Tokens in a batch: elements of its input ids (or of its leading tensor, rows)."""
+    """Tokens in a batch: elements of its input ids that are no padding (or of its leading tensor,
+    rows)."""
     if isinstance(batch, Tensor):
         rows = batch.is_floating_point() and batch.dim() > 0
         return batch[..., 0].numel() if rows else batch.numel()
-    ids = batch.get("input_ids")
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
     if ids is not None:
-        return ids.numel()
+        masked = mask is not None and mask.shape == ids.shape
+        return int(mask.count_nonzero()) if masked else ids.numel()
     return max((num_tokens(v) for v in batch.values() if isinstance(v, Tensor)), default=1)
 
 
@@ -124,8 +127,8 @@ def calibrate(
 
 
 def observe(model: nn.Module, batches: list[Batch | Tensor], progress: Progress) -> None:
-    """Run a prepared model over batches in evaluation mode."""
-    with evaluation_mode(model):
+    """Run a prepared model over batches in evaluation mode; padding is not observed."""
+    with evaluation_mode(model), watched(model):
         for batch in progress.steps("calibrate", batches):
             run_model(model, batch)
             release_memory()
