@@ -76,8 +76,17 @@ class _Call:
         """Rows of x [*, K] that `masks` keep; None: all."""
         key = (*(id(mask.values) for mask in masks), x.shape[:-1], x.device)
         if key not in self.found:
-            self.found[key] = _agreed([mask.rows(x) for mask in masks])
+            fitting = [mask.rows(x) for mask in masks] + [self._of_frames(mask, x) for mask in masks]
+            self.found[key] = _agreed(fitting)
         return self.found[key]
+
+    def _of_frames(self, mask: _Mask, x: Tensor) -> Tensor | None:
+        """Rows of x [B, T, K] where transformers' audio models say which of the frames that they
+        make of samples [B, S] are padding."""
+        shorten = getattr(self.module, "_get_feature_vector_attention_mask", None)
+        if shorten is None or x.dim() != 3 or len(x) != len(mask.values) or mask.rows(x) is not None:
+            return None
+        return shorten(x.shape[1], mask.values).bool().reshape(-1).to(x.device)
 
 
 class _Calls(threading.local):
@@ -158,7 +167,7 @@ def _enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     named = dict(zip(_parameters(type(module)), args, strict=False)) | kwargs
     given = {name: value for name, value in named.items() if isinstance(value, Tensor)}
     call = _Call(module, inputs=_inputs(given))
-    told = bool(call.inputs) and not (_are_known(call.inputs) and MASK not in named)
+    told = _is_told(call.inputs, named)
     for tokens, mask in OTHER_TOKENS.items():
         if tokens in given:
             masks = _masks({mask: given.pop(mask)} if mask in given else {})
@@ -188,6 +197,15 @@ def _inputs(given: Mapping[str, Tensor]) -> list[Tensor]:
     if "hidden_states" in given:
         return []
     return [given[name] for name in INPUTS if name in given]
+
+
+def _is_told(inputs: list[Tensor], named: Mapping[str, Any]) -> bool:
+    """Whether a call given `inputs` is also told what of them is padding, be it by no mask; not
+    where a mask became a bias of scores already."""
+    mask = named.get(MASK)
+    if not inputs or (mask is not None and getattr(mask, "ndim", 0) != DIMENSIONS[MASK]):
+        return False
+    return MASK in named or not _are_known(inputs)
 
 
 def _are_known(inputs: list[Tensor]) -> bool:
