@@ -5,7 +5,7 @@ parts that read those positions: an encoder gets its own, a decoder another one 
 encoder's, a vision tower none. So hooks watch what every part is called with, and a call settles
 what is padding inside it if it is given
 
-    a mask             2-D `attention_mask` or `..._key_padding_mask`, 3-D `patch_attention_mask`, or
+    a mask             2-D `attention_mask` or `..._key_padding_mask`, 3-D `patch_attention_mask`;
                        under any name a tensor that an outer call was given as a mask
     the model's input  input_ids, pixel_values, ...: without a mask beside it, nothing is padding
 
@@ -76,7 +76,9 @@ class _Call:
         """Rows of x [*, K] that `masks` keep; None: all."""
         key = (*(id(mask.values) for mask in masks), x.shape[:-1], x.device)
         if key not in self.found:
-            fitting = [mask.rows(x) for mask in masks] + [self._of_frames(mask, x) for mask in masks]
+            fitting = [mask.rows(x) for mask in masks] + [
+                self._of_frames(mask, x) for mask in masks
+            ]
             self.found[key] = _agreed(fitting)
         return self.found[key]
 
@@ -84,7 +86,12 @@ class _Call:
         """Rows of x [B, T, K] where transformers' audio models say which of the frames that they
         make of samples [B, S] are padding."""
         shorten = getattr(self.module, "_get_feature_vector_attention_mask", None)
-        if shorten is None or x.dim() != 3 or len(x) != len(mask.values) or mask.rows(x) is not None:
+        if (
+            shorten is None
+            or x.dim() != 3
+            or len(x) != len(mask.values)
+            or mask.rows(x) is not None
+        ):
             return None
         return shorten(x.shape[1], mask.values).bool().reshape(-1).to(x.device)
 
@@ -132,7 +139,7 @@ def watched(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def kept_rows(x: Tensor) -> Tensor | None:
-    """Rows that are no padding, bool [rows], of x [*, K] as read where this is called; None: all."""
+    """Rows of x [*, K], as read here and now, that are no padding: bool [rows]; None: all."""
     for call in reversed(_CALLS.stack):
         for tokens, masks in call.others:
             if tokens.data_ptr() == x.data_ptr() and tokens.numel() == x.numel():
@@ -193,7 +200,7 @@ def _leave(module: nn.Module, args: tuple, output: Any) -> None:
 
 
 def _inputs(given: Mapping[str, Tensor]) -> list[Tensor]:
-    """The model's input among the arguments of a call; not where hidden states came of it already."""
+    """The model's input among the arguments of a call, unless hidden states came of it already."""
     if "hidden_states" in given:
         return []
     return [given[name] for name in INPUTS if name in given]
