@@ -61,8 +61,9 @@ def quantize_(
     Args:
         model: any module; output heads, embeddings, routers and norms are left alone.
         config: ARCConfig (default `ARCConfig()`), or torchao's FqnToConfig of them per layer.
-        calibration_data: iterable of input-id tensors, keyword dicts, or strings (with
-            `tokenizer`). Not needed where nothing is measured (`budget=0` with `recipe="plain"`).
+        calibration_data: iterable of input-id tensors, keyword dicts of tensors or lists, or, with
+            `tokenizer`, strings and rows with "text" or "messages". Padding that attention masks
+            say is left out. Not needed where nothing is measured (`budget=0`, `recipe="plain"`).
         max_length: strings are cut after this many tokens.
         filter_fn: (module, fqn) -> whether to quantize, instead of the default choice.
         progress: show progress bars.

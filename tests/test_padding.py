@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_models import tiny_llama
 from torch import Tensor, nn
+from transformers import BertConfig, BertModel
 
 import arc_ao
 from arc_ao.calibration.data import calibrate, num_tokens, to_batches
@@ -13,6 +14,7 @@ from arc_ao.calibration.padding import kept_rows, kept_tokens_of_output, watched
 from arc_ao.calibration.session import observer_on
 from arc_ao.eval.report import layer_report
 from arc_ao.inference import run_model
+from arc_ao.passes.quantizer import GraphObserver
 from arc_ao.quantize import quantize_
 from arc_ao.summary import arc_tensors
 from arc_ao.tensor import ARCTensor
@@ -134,6 +136,39 @@ def test_padding_is_not_calibrated_in_the_three_steps(runner, rounding):
     plain = three_steps(model, run(texts()), **options)
     found = three_steps(model, run(padded(texts(), "left")), **options)
     assert choices(found) == choices(plain) and equal_codes(found, plain) > 0.999
+
+
+class Hidden(nn.Module):
+    """Token ids and their mask -> last hidden states."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.model(input_ids, attention_mask=attention_mask).last_hidden_state
+
+
+def test_padding_is_not_calibrated_in_an_exported_graph():
+    """Keywords and positions; the quantized graph has no hook left."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+        bert = BertModel(BertConfig(vocab_size=257, num_attention_heads=4, **sizes), False)
+    model = Hidden(bert.eval()).requires_grad_(False)
+    batches = padded(texts(), "right")
+    program = torch.export.export(model, (), batches[0])
+    seen = []
+    for run in (lambda gm, b: gm(**b), lambda gm, b: gm(b["input_ids"], b["attention_mask"])):
+        prepared = arc_ao.prepare_arc(program, arc_ao.ARCConfig(recipe="balanced"))
+        for batch in batches:
+            run(prepared, batch)
+        observers = [m for m in prepared.modules() if isinstance(m, GraphObserver)]
+        seen += [int(observer.statistics.count) for observer in observers]
+        converted = arc_ao.convert_arc(prepared)
+        hooks = [*converted._forward_hooks.values(), *converted._forward_pre_hooks.values()]
+        assert not any(getattr(hook, "__module__", "").endswith("padding") for hook in hooks)
+    assert len(seen) >= 8 and set(seen) == {sum(LENGTHS)}
 
 
 def test_a_copy_of_a_prepared_model_leaves_padding_out():

@@ -4,8 +4,20 @@ from fnmatch import fnmatch
 
 import pytest
 import torch
-from encoder_decoders import bart, built, clip, ids, mask, question_answering, t5, wav2vec2, whisper
+from encoder_decoders import (
+    TOWER,
+    bart,
+    built,
+    clip,
+    ids,
+    mask,
+    question_answering,
+    t5,
+    wav2vec2,
+    whisper,
+)
 from torch import Tensor, nn
+from transformers import LongformerConfig, LongformerModel
 
 from arc_ao.calibration.padding import kept_rows, kept_tokens_of_output, watched
 from arc_ao.eval.divergence import model_output
@@ -139,6 +151,20 @@ def test_key_padding_masks_are_true_where_there_is_padding():
     found = observed(built(Torch), {"x": x, "y": y, "padding": SOURCE == 0})
     assert same(found["encoder.layers.0.linear1"][0], SOURCE)
     assert found["decoder.layers.0.linear1"] == [None]
+
+
+def test_a_mask_that_became_a_bias_of_scores_is_none():
+    """Longformer's layers get it as [B, S], 0 where there is no padding, and read [S, B, D]."""
+    config = LongformerConfig(
+        vocab_size=99, attention_window=4, max_position_embeddings=32, **TOWER
+    )
+    model = built(lambda: LongformerModel(config))
+    for kept in (SOURCE, mask(8, 8, 8)):
+        found = observed(model, {"input_ids": TEXT, "attention_mask": kept})
+        layer = "encoder.layer.0.attention."
+        expected = None if kept.all() else kept
+        assert same(found[layer + "output.dense"][0], expected)
+        assert same(found[layer + "self.query"][0], None if kept.all() else kept.T.reshape(-1))
 
 
 @pytest.mark.parametrize(

@@ -31,17 +31,14 @@ DIMENSIONS = {MASK: 2, "encoder_attention_mask": 2, "patch_attention_mask": 3, I
 DIMENSIONS |= {f"{part}_{INVERTED}": 2 for part in ("src", "tgt", "memory")}
 NO_PADDING = ("global_attention_mask", "cross_attention_mask")  # masks of something else
 INPUTS = ("input_ids", "inputs_embeds", "input_features", "input_values", "pixel_values")
-# Arguments that hold tokens of another part of the model, and the arguments that mask them.
-OTHER_TOKENS = {
-    "encoder_hidden_states": "encoder_attention_mask",
-    "key_value_states": MASK,
-    "memory": "memory_key_padding_mask",
-}
+# Arguments that hold tokens of another part of the model, and how the names of their masks begin.
+OTHER_TOKENS = {"encoder_hidden_states": "encoder_", "memory": "memory_"}
+OTHER_TOKENS |= {"key_value_states": MASK, "key": INVERTED}
 
 
 @dataclass(frozen=True)
 class _Mask:
-    """0 and other values [B, S] or [B, H, W], or a bias of scores, which says nothing here."""
+    """0 for padding and other values [B, S] or [B, H, W]; or inverted, others for padding."""
 
     values: Tensor
     inverted: bool
@@ -49,16 +46,14 @@ class _Mask:
     def rows(self, x: Tensor) -> Tensor | None:
         """Which rows of x [*, K] it keeps, bool [rows]; None if it is about other rows."""
         values, tokens = self.values, x.shape[:-1]
+        if values.dim() == 2 and values.shape != tokens == values.shape[::-1]:
+            values = values.T  # [S, B]
         if tokens[: values.dim()] == values.shape:
             further = len(tokens) - values.dim()
             values = values.reshape(*values.shape, *[1] * further).expand(tokens)
         elif values.numel() != tokens.numel() or (len(tokens) > 1 and tokens[0] != len(values)):
             return None
-        if self.inverted:
-            return (values == 0).reshape(-1).to(x.device)
-        if values.is_floating_point() and (values < 0).any():
-            return None
-        return (values != 0).reshape(-1).to(x.device)
+        return ((values != 0) ^ self.inverted).reshape(-1).to(x.device)
 
 
 @dataclass
@@ -76,22 +71,17 @@ class _Call:
         """Rows of x [*, K] that `masks` keep; None: all."""
         key = (*(id(mask.values) for mask in masks), x.shape[:-1], x.device)
         if key not in self.found:
-            fitting = [mask.rows(x) for mask in masks] + [
-                self._of_frames(mask, x) for mask in masks
-            ]
-            self.found[key] = _agreed(fitting)
+            said = [(mask.rows(x), self._of_frames(mask, x)) for mask in masks]
+            self.found[key] = _agreed([rows for both in said for rows in both])
         return self.found[key]
 
     def _of_frames(self, mask: _Mask, x: Tensor) -> Tensor | None:
         """Rows of x [B, T, K] where transformers' audio models say which of the frames that they
         make of samples [B, S] are padding."""
         shorten = getattr(self.module, "_get_feature_vector_attention_mask", None)
-        if (
-            shorten is None
-            or x.dim() != 3
-            or len(x) != len(mask.values)
-            or mask.rows(x) is not None
-        ):
+        if shorten is None or x.dim() != 3 or len(x) != len(mask.values):
+            return None
+        if mask.rows(x) is not None:
             return None
         return shorten(x.shape[1], mask.values).bool().reshape(-1).to(x.device)
 
@@ -120,6 +110,7 @@ _CALLS = _Calls()
 def watch(model: nn.Module) -> list[RemovableHandle]:
     """Watch what the parts of a model are called with, until the handles are removed."""
     parts = [module for module in model.modules() if module is model or any(module.children())]
+    parts = [part for part in parts if not isinstance(part, torch.jit.ScriptModule)]  # has no hooks
     enter = [part.register_forward_pre_hook(_enter, with_kwargs=True) for part in parts]
     return enter + [part.register_forward_hook(_leave, always_call=True) for part in parts]
 
@@ -175,13 +166,14 @@ def _enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     given = {name: value for name, value in named.items() if isinstance(value, Tensor)}
     call = _Call(module, inputs=_inputs(given))
     told = _is_told(call.inputs, named)
-    for tokens, mask in OTHER_TOKENS.items():
-        if tokens in given:
-            masks = _masks({mask: given.pop(mask)} if mask in given else {})
+    for name, beginning in OTHER_TOKENS.items():
+        if name in given:
+            theirs = [key for key in given if key.startswith(beginning) and key.endswith("mask")]
+            masks = _masks({key: given.pop(key) for key in theirs})
             if masks or told:
-                call.others.append((given[tokens], masks))
+                call.others.append((given[name], masks))
     call.masks = _masks(given)
-    call.settles = told or bool(call.masks or call.others)
+    call.settles = told or bool(call.masks)
     if not _CALLS.stack:
         _CALLS.settling.clear()
     _CALLS.stack.append(call)
@@ -235,8 +227,15 @@ def _masks(given: Mapping[str, Tensor]) -> list[_Mask]:
         if id(value) in known:
             found.append(known[id(value)])
         elif value.dim() == DIMENSIONS.get(name, 2 if users else -1):
-            found.append(_Mask(value, name.endswith(INVERTED)))
+            inverted = name.endswith(INVERTED)
+            if inverted or not _is_bias(value):
+                found.append(_Mask(value, inverted))
     return found
+
+
+def _is_bias(value: Tensor) -> bool:
+    """Whether a mask became what is added to attention scores, 0 where there is no padding."""
+    return value.is_floating_point() and not (value.amin() >= 0 and value.amax() > 0)
 
 
 @cache
