@@ -26,16 +26,19 @@ def call_model(model: nn.Module, batch: dict[str, Any] | Tensor) -> Any:
 
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
-    """Inside, a transformers model returns no key-value cache, which would outlive its forward."""
-    config = getattr(model, "config", None)
-    if getattr(config, "use_cache", None) is not True:
-        yield
-        return
-    config.use_cache = False
+    """Inside, a transformers model returns no key-value cache, which would outlive its forward.
+
+    The parts of a model, such as a decoder, may have configs of their own.
+    """
+    configs = (getattr(module, "config", None) for module in model.modules())
+    asking = [config for config in configs if getattr(config, "use_cache", None) is True]
+    for config in asking:
+        config.use_cache = False
     try:
         yield
     finally:
-        config.use_cache = True
+        for config in asking:
+            config.use_cache = True
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from arc_ao.calibration.data import Batch
 from arc_ao.calibration.fisher import FISHER_TOKENS, measure_fisher
 from arc_ao.calibration.session import CalibrationSession, detach, observer_on
 from arc_ao.config import ARCConfig
+from arc_ao.eval.divergence import NotComparableError
 from arc_ao.methods.hessian import shared_roundings
 from arc_ao.methods.kronecker import forget_routed_tokens
 from arc_ao.methods.mix import COMPARED_TOKENS, Mix, search_mix
@@ -54,12 +55,38 @@ def measure_session(
 ) -> list[Trial | Mix]:
     """Weigh the layers of a calibrated session and search its recipe or its mix of choices.
 
+    Where the model's output cannot be compared, a warning says so, and both are left at what they
+    are without: the recipe "balanced", or the mix of least weighed error.
+
     Returns:
         What was tried, the winner first; a mix is kept with the session, too.
     """
-    config = session.config
     if batches is None or not session.members:
         return []
+    try:
+        return _measure(model, session, batches, progress)
+    except NotComparableError as error:
+        warnings.warn(
+            f"{type(model).__name__} is quantized without measuring its output, with layers that "
+            f"weigh the same and the choices of recipe='balanced' ({error}). Let the model return "
+            "what matters as a tensor or under one of these names, or ask for "
+            "ARCConfig(recipe='balanced') to have the same without this warning",
+            stacklevel=4,
+        )
+    session.fisher = None
+    if not session.config.mixes:
+        return []
+    session.mix = search_mix(model, session, [], progress=progress)
+    return session.mix.mixes
+
+
+def _measure(
+    model: nn.Module,
+    session: CalibrationSession,
+    batches: list[Batch | Tensor],
+    progress: Progress,
+) -> list[Trial | Mix]:
+    config = session.config
     if config.weighs_layers or config.kronecker:
         session.fisher = measure_fisher(
             model,

@@ -69,8 +69,9 @@ def quantize_(
             with one warning, linears that are more than F.linear of a weight of their own, and
             those that no calibration token reaches.
         config: ARCConfig (default `ARCConfig()`), or torchao's FqnToConfig of them per layer.
-        calibration_data: iterable of input-id tensors, keyword dicts, or strings (with
-            `tokenizer`). Not needed where nothing is measured (`budget=0` with `recipe="plain"`).
+        calibration_data: iterable of input-id tensors, keyword dicts of tensors or lists, or, with
+            `tokenizer`, strings and rows with "text" or "messages". Padding that attention masks
+            say is left out. Not needed where nothing is measured (`budget=0`, `recipe="plain"`).
         max_length: strings are cut after this many tokens.
         filter_fn: (module, fqn) -> whether to quantize, instead of the default choice.
         progress: show progress bars.
@@ -197,6 +198,8 @@ def _run_step(
                 config.__dict__.pop("_session", None)  # every "prepare" starts its own session
             if not converting(config):
                 _apply(model, config, modules)
+            if session := config.__dict__.get("_session"):
+                session.watch(model)
     if converts:
         stages = Progress({"convert": 1.0}, show=progress)
         _convert_groups(converts, stages)

@@ -118,7 +118,7 @@ def test_weights_of_a_batch_meet_its_calls(monkeypatch):
             return called(x) if x.sum() > 0 else x
 
     batches = [-torch.ones(3, 64), torch.ones(3, 64)]
-    chain = sequential._Chain([Routed()], None, batches, {called: 1})
+    chain = sequential._Chain([Routed()], None, batches, {called: 1}, [{}, {}])
     per_batch = [[torch.full((3,), float(i))] for i in range(2)]
     chain.gather(0, called, plan, per_batch)
     assert len(seen) == 1 and torch.equal(seen[0], per_batch[1][0])

@@ -1,11 +1,14 @@
 """Calibration data: anything iterable becomes a list of keyword dicts that the model takes."""
 
 from collections.abc import Iterable, Mapping
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from arc_ao.calibration.padding import watched
+from arc_ao.calibration.rows import row_batches, tokenized
 from arc_ao.inference import evaluation_mode, run_model
 from arc_ao.memory import release_memory
 from arc_ao.progress import Progress
@@ -21,42 +24,47 @@ def to_batches(
 
     Args:
         data: tensors of input ids [B, T] or [T] (or whatever tensor the model takes), keyword
-            dicts, or strings.
+            dicts of tensors or lists, strings, or rows with a "text" or "messages" such as those of
+            Hugging Face datasets (rows.py).
         tokenizer: Hugging Face tokenizer, for strings.
         max_length: strings are cut after this many tokens.
 
     Raises:
-        TypeError: an element of another type. ValueError: no element, or strings without a
-            tokenizer.
+        TypeError, ValueError: an element that is neither, by its index and key; no element; or
+            strings without a tokenizer.
     """
+    if isinstance(data, Mapping) and any(hasattr(split, "column_names") for split in data.values()):
+        raise TypeError(
+            f"calibration_data must be an iterable of rows, got a {type(data).__name__} of splits; "
+            f"pass one of them: {list(data)}"
+        )
     if isinstance(data, (str, bytes, Mapping, Tensor)):
         raise TypeError(
             f"calibration_data must be an iterable of tensors, dicts or strings, got one "
             f"{type(data).__name__}; put it into a list"
         )
-    batches = [_to_batch(item, i, tokenizer, max_length) for i, item in enumerate(data)]
+    batches = [
+        batch
+        for i, item in enumerate(data)
+        for batch in _to_batches(item, f"calibration_data[{i}]", tokenizer, max_length)
+    ]
     if not batches:
         raise ValueError("calibration_data is empty; expected at least one batch")
     return batches
 
 
-def _to_batch(item: Any, index: int, tokenizer: Any, max_length: int) -> Batch | Tensor:
+def _to_batches(item: Any, where: str, tokenizer: Any, max_length: int) -> Iterable[Batch | Tensor]:
     if isinstance(item, Tensor):
         integral = not item.is_floating_point() and item.dim() == 1
-        return item.unsqueeze(0) if integral else item
+        return [item.unsqueeze(0) if integral else item]
     if isinstance(item, Mapping):
-        return dict(item)
+        return row_batches(item, where, tokenizer, max_length)
     if isinstance(item, str):
-        if tokenizer is None:
-            raise ValueError(
-                "calibration_data holds strings; pass tokenizer=, or pass input ids instead"
-            )
         if not item.strip():
-            raise ValueError(f"calibration_data[{index}] is an empty string")
-        return dict(tokenizer(item, truncation=True, max_length=max_length, return_tensors="pt"))
+            raise ValueError(f"{where} is an empty string")
+        return [tokenized(item, where, tokenizer, max_length)]
     raise TypeError(
-        f"calibration_data[{index}] is a {type(item).__name__}; expected a tensor, a keyword dict "
-        "or a string"
+        f"{where} is a {type(item).__name__}; expected a tensor, a keyword dict or a string"
     )
 
 
@@ -96,13 +104,15 @@ def tokens_for_width(in_features: int, window: int = 512) -> int:
 
 
 def num_tokens(batch: Batch | Tensor) -> int:
-    """Tokens in a batch: elements of its input ids (or of its leading tensor, rows)."""
+    """Tokens in a batch: elements of its input ids that are no padding (or of its leading tensor,
+    rows)."""
     if isinstance(batch, Tensor):
         rows = batch.is_floating_point() and batch.dim() > 0
         return batch[..., 0].numel() if rows else batch.numel()
-    ids = batch.get("input_ids")
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
     if ids is not None:
-        return ids.numel()
+        masked = mask is not None and mask.shape == ids.shape
+        return int(mask.count_nonzero()) if masked else ids.numel()
     return max((num_tokens(v) for v in batch.values() if isinstance(v, Tensor)), default=1)
 
 
@@ -124,8 +134,35 @@ def calibrate(
 
 
 def observe(model: nn.Module, batches: list[Batch | Tensor], progress: Progress) -> None:
-    """Run a prepared model over batches in evaluation mode."""
-    with evaluation_mode(model):
-        for batch in progress.steps("calibrate", batches):
-            run_model(model, batch)
+    """Run a prepared model over batches in evaluation mode; padding is not observed.
+
+    Raises:
+        TypeError: a batch with an input that the model does not take, by its index and key.
+    """
+    _check_names(model, batches)
+    with evaluation_mode(model), watched(model):
+        for i, batch in enumerate(progress.steps("calibrate", batches)):
+            try:
+                run_model(model, batch)
+            except Exception as error:
+                error.add_note(f"while running batch {i} of calibration_data: {_described(batch)}")
+                raise
             release_memory()
+
+
+def _check_names(model: nn.Module, batches: list[Batch | Tensor]) -> None:
+    parameters = signature(model.forward).parameters
+    if any(p.kind is Parameter.VAR_KEYWORD for p in parameters.values()):
+        return
+    for i, batch in enumerate(batches):
+        unknown = [] if isinstance(batch, Tensor) else [k for k in batch if k not in parameters]
+        if unknown:
+            raise TypeError(
+                f"batch {i} of calibration_data: expected inputs of {type(model).__name__} "
+                f"{list(parameters)}, found {unknown[0]!r}; remove it"
+            )
+
+
+def _described(batch: Batch | Tensor) -> str:
+    parts = {"a tensor": batch} if isinstance(batch, Tensor) else batch
+    return ", ".join(f"{k} {list(getattr(v, 'shape', [type(v)]))}" for k, v in parts.items())

@@ -28,8 +28,10 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from arc_ao.calibration.data import Batch
 from arc_ao.calibration.observer import ARCObserver, channel_errors, from_order
+from arc_ao.calibration.padding import kept_tokens_of_output, watched
 from arc_ao.calibration.sequential import find_blocks
 from arc_ao.calibration.session import CalibrationSession, observer_on
+from arc_ao.eval.divergence import model_output
 from arc_ao.eval.score import score_gradient
 from arc_ao.inference import call_model, evaluation_mode, without_cache
 from arc_ao.memory import release_memory
@@ -148,10 +150,11 @@ def _run(
         for batch, weighing in progress.steps("weigh layers", batches):
             for one in measured.values():
                 one.weighing = weighing
-            mask = batch.get("attention_mask") if isinstance(batch, dict) else None
             with _watched(model, measured):
-                output = call_model(model, batch)
-                value, gradient, count = score_gradient(output, mask, generator)
+                with watched(model):
+                    output = call_model(model, batch)
+                    kept = kept_tokens_of_output(model_output(output))
+                value, gradient, count = score_gradient(output, kept, generator)
                 if not value.requires_grad:
                     raise RuntimeError("its output does not depend on the linears differentiably")
                 torch.autograd.backward(value, gradient)

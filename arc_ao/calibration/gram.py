@@ -57,12 +57,11 @@ class Gram(InputGram):
 
     @torch.no_grad()
     def add(self, x: Tensor, keep: Tensor | None = None, *, weights: Tensor | None = None) -> None:
-        """Add the tokens of x [*, K], those of a mask `keep` [*] where its shape fits; `weights` as
+        """Add the rows of x [*, K], or those that `keep`, bool [rows], has; `weights` [rows] as
         InputGram.add has them."""
         rows = x.reshape(-1, x.shape[-1])
-        if keep is not None and keep.shape == x.shape[:-1]:
-            kept = keep.reshape(-1).bool()
-            rows, weights = rows[kept], None if weights is None else weights[kept]
+        if keep is not None:
+            rows, weights = rows[keep], None if weights is None else weights[keep]
         super().add(rows, weights=weights)
 
     def met(self, rows: Tensor) -> Tensor:

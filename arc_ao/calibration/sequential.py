@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from arc_ao.calibration.data import Batch, num_tokens
 from arc_ao.calibration.gram import Gram
+from arc_ao.calibration.padding import kept_rows, watched
 from arc_ao.calibration.session import Member
 from arc_ao.calibration.work_dir import WorkDir
 from arc_ao.inference import evaluation_mode, run_model, without_cache
@@ -35,6 +36,8 @@ from arc_ao.progress import SILENT, Progress
 from arc_ao.tensor import ARCTensor
 
 HIDDEN = "hidden_states"
+# Of every batch, by linear and call: which rows are no padding, bool [rows]; None: all.
+Kept = list[dict[nn.Module, list[Tensor | None]]]
 
 
 class _Seen(Exception):
@@ -168,6 +171,7 @@ class _Chain:
     recording: Recording | None  # None: the only block is the model
     batches: list[Batch | Tensor]
     times: dict[nn.Module, int]  # calls in one forward, linears in the order of execution
+    kept: Kept
 
     def groups(self, index: int, groups: list[list[Member]]) -> list[list[Member]]:
         """Groups of one block in the order of execution."""
@@ -182,30 +186,28 @@ class _Chain:
     def gather(
         self, index: int, linear: nn.Module, plan: LayerPlan, weights: list[list[Tensor]] | None
     ) -> Gram | None:
-        """Products of the inputs of `linear` over all batches, where its plan needs them.
-
-        Padding that a batch's attention_mask drops does not count.
-        """
+        """Products of the inputs of `linear` over all batches, less their padding, where its plan
+        needs them."""
         if not plan.config.needs_hessian:
             return None
         tokens = self.times.get(linear, 0) * sum(num_tokens(batch) for batch in self.batches)
-        gram, left, mask, calls = Gram(plan, tokens), 0, None, iter(())
+        gram, left, calls, kept = Gram(plan, tokens), 0, iter(()), iter(())
 
         def see(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             nonlocal left
-            x, some = args[0] if args else kwargs["input"], next(calls, None)
-            fits = some is not None and some.numel() * x.shape[-1] == x.numel()
-            gram.add(x, mask, weights=some if fits else None)
+            x = args[0] if args else kwargs["input"]
+            rows, some = (_fitting(x, next(values, None)) for values in (kept, calls))
+            gram.add(x, rows, weights=some)
             left -= 1
             if left == 0:
                 raise _Seen
 
         handle = linear.register_forward_pre_hook(see, with_kwargs=True)
         try:
-            for i, batch in enumerate(self.batches):
+            for i in range(len(self.batches)):
                 left = self.times.get(linear, 0)
                 calls = iter(() if weights is None else weights[i])  # experts are not always called
-                mask = batch.get("attention_mask") if isinstance(batch, dict) else None
+                kept = iter(self.kept[i].get(linear, ()))
                 self._run(index, i)
         finally:
             handle.remove()
@@ -230,6 +232,11 @@ class _Chain:
             return None
 
 
+def _fitting(x: Tensor, values: Tensor | None) -> Tensor | None:
+    """Values [rows] of x [*, K]; None where there are none, or of other rows."""
+    return values if values is not None and len(values) == x.shape[:-1].numel() else None
+
+
 def _record(
     model: nn.Module,
     blocks: list[nn.Module],
@@ -237,38 +244,36 @@ def _record(
     linears: list[nn.Linear],
 ) -> _Chain:
     """Run the model once on all batches and keep what its blocks are called with."""
-    recording, times = Recording(blocks), {}
-    with _hooks(recording, linears, times) as counts:
+    recording, times, kept = Recording(blocks), {}, []
+    with _hooks(recording, linears, kept), watched(model):
         for batch in batches:
-            counts.clear()
+            kept.append({})
             run_model(model, batch)
-            for linear, count in counts.items():
-                times[linear] = max(times.get(linear, 0), count)
+            for linear, calls in kept[-1].items():
+                times[linear] = max(times.get(linear, 0), len(calls))
             release_memory()
     if blocks and recording.complete(len(batches)):
-        return _Chain(blocks, recording, batches, times)
-    return _Chain([model], None, batches, times)
+        return _Chain(blocks, recording, batches, times, kept)
+    return _Chain([model], None, batches, times, kept)
 
 
 @contextmanager
-def _hooks(
-    recording: Recording, linears: list[nn.Linear], times: dict[nn.Module, int]
-) -> Iterator[dict[nn.Module, int]]:
-    """Inside, calls of blocks are recorded and calls of linears counted."""
-    counts: dict[nn.Module, int] = {}
+def _hooks(recording: Recording, linears: list[nn.Linear], kept: Kept) -> Iterator[None]:
+    """Inside, calls of blocks and linears are recorded."""
     handles = []
 
-    def count(module: nn.Module, args: tuple) -> None:
-        counts[module] = counts.get(module, 0) + 1
+    def read(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["input"]
+        kept[-1].setdefault(module, []).append(kept_rows(x))
 
     for index, block in enumerate(recording.blocks):
         before = lambda _, args, kwargs, i=index: recording.before(i, args, kwargs)
         handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(block.register_forward_hook(lambda *call: recording.after(call[-1])))
     for linear in linears:
-        handles.append(linear.register_forward_pre_hook(count))
+        handles.append(linear.register_forward_pre_hook(read, with_kwargs=True))
     try:
-        yield counts
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from arc_ao.calibration.input_gram import InputGram
 from arc_ao.calibration.observer import ARCObserver
+from arc_ao.calibration.padding import watch, without_padding
 from arc_ao.calibration.shared_inputs import SharedInputs
 from arc_ao.config import ARCConfig
 
@@ -47,6 +49,8 @@ class CalibrationSession:
     fisher: dict[str, Any] | None = None  # member name -> OutputFisher (calibration/fisher.py)
     mix: Any = None  # methods/mix.py: what each group gets, from its search to its plans
     choices: dict[str, dict[str, Any]] = field(default_factory=dict)  # the same, to be read
+    observed: int = 0  # linears that have their observers
+    watching: list[RemovableHandle] = field(default_factory=list)  # until they have none
 
     def __post_init__(self) -> None:
         if self.sums_products is None:
@@ -67,16 +71,23 @@ class CalibrationSession:
         observer.hook = module.register_forward_pre_hook(_observe_input, with_kwargs=True)
         module.register_module(OBSERVER, observer)
         self.members.append(Member(name, module))
+        self.observed += 1
+
+    def watch(self, model: nn.Module) -> None:
+        """Leave out padding also where the user runs the model, until no linear is observed."""
+        self.watching = watch(model)
 
     def observe(self, observer: ARCObserver, x: Tensor) -> None:
-        """Account for x read by the layer of `observer`; a tensor is measured once."""
+        """Account for x read by the layer of `observer`, less its padding; a tensor is measured
+        once."""
         if not self.observing or x.numel() == 0:
             return
         increment = self.shared.find(x)
         if increment is None or not observer.fits(increment):
-            increment = observer.measure(x)
+            rows = without_padding(x)
+            increment = observer.measure(rows)
             self.shared.add(x, increment)
-            observer.keep(x)  # by whoever measures it: once for all that share it
+            observer.keep(rows)  # by whoever measures it: once for all that share it
         observer.add(increment)
 
     def groups(self) -> list[list[Member]]:
@@ -156,11 +167,15 @@ def _digest(observer: ARCObserver) -> bytes:
 
 
 def detach(module: nn.Module) -> None:
-    """Remove the observer and its hook from a linear."""
+    """Remove the observer and its hook from a linear; with the last one, what watches the model."""
     observer = observer_on(module)
     if observer is not None:
         observer.hook.remove()
         delattr(module, OBSERVER)
+        observer.session.observed -= 1
+        if observer.session.observed == 0:
+            for handle in observer.session.watching:
+                handle.remove()
 
 
 def _observe_input(module: nn.Module, args: tuple, kwargs: dict) -> None:

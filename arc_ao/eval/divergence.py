@@ -19,30 +19,35 @@ from torch.nn import functional as F
 CHUNK_ELEMENTS = 2**20  # values per chunk of tokens: 4 MiB per fp32 temporary
 
 
+class NotComparableError(TypeError):
+    """A model's output holds no tensor that is known to be what it says."""
+
+
 def is_logits(output: Any) -> bool:
     """Whether `model_output(output)` is logits (the output has a `.logits` tensor)."""
-    return isinstance(_field(output, "logits"), Tensor)
+    return _is_comparable(_field(output, "logits"))
 
 
 def model_output(output: Any) -> Tensor:
     """The tensor a model's output is compared by.
 
     That is `.logits` if present, else `.last_hidden_state` (or these keys of a dictionary), else
-    the first tensor of a tuple or list, else the tensor itself. Raises TypeError for anything else.
+    the first tensor of a tuple or list, else the tensor itself; of floating point and with at least
+    one dimension, which a loss has not. Raises NotComparableError for anything else.
     """
-    for name in ("logits", "last_hidden_state"):
-        if isinstance(value := _field(output, name), Tensor):
+    named = [_field(output, name) for name in ("logits", "last_hidden_state")]
+    several = list(output) if isinstance(output, (tuple, list)) else []
+    for value in [*named, output, *several]:
+        if _is_comparable(value):
             return value
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, (tuple, list)):
-        for value in output:
-            if isinstance(value, Tensor):
-                return value
-    raise TypeError(
-        "output: expected .logits, .last_hidden_state, a tensor or a tuple with one, "
-        f"got {type(output).__name__}"
+    raise NotComparableError(
+        "output: expected .logits, .last_hidden_state, a tensor or a tuple with one, got "
+        f"{type(output).__name__}" + (f" of {list(output)}" if isinstance(output, dict) else "")
     )
+
+
+def _is_comparable(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
 
 
 def _field(output: Any, name: str) -> Any:

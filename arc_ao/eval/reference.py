@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arc_ao.calibration.data import Batch
+from arc_ao.calibration.padding import kept_tokens_of_output, watched
 from arc_ao.eval.divergence import is_logits, model_output
 from arc_ao.formats.nvfp4 import row_chunks
 from arc_ao.inference import evaluation_mode, run_model
@@ -81,10 +82,10 @@ def record_references(
     handle = head and head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     references = []
     try:
-        with evaluation_mode(model):
+        with evaluation_mode(model), watched(model):
             for batch in progress.steps("reference", batches):
                 seen.clear()
-                references.append(_reference(run_model(model, batch), batch, head, seen))
+                references.append(_reference(run_model(model, batch), head, seen))
     finally:
         if handle is not None:
             handle.remove()
@@ -97,26 +98,18 @@ def _fixed_head(model: nn.Module, changing: set[nn.Module]) -> nn.Linear | None:
     return head if isinstance(head, nn.Linear) and head not in changing else None
 
 
-def _reference(
-    output: Any, batch: Batch | Tensor, head: nn.Linear | None, seen: list[Tensor]
-) -> Reference:
+def _reference(output: Any, head: nn.Linear | None, seen: list[Tensor]) -> Reference:
     value, kept = model_output(output), None
     if head is not None and len(seen) == 1 and torch.equal(head(kept := seen[0]), value):
         seen.clear()
     else:
         head, kept = None, value
-    tokens = _kept_tokens(value, batch)
     kept = kept.reshape(-1, kept.shape[-1])
-    kept = kept.clone() if tokens is None else kept.index_select(0, tokens)
-    return Reference(kept, head, tokens, is_logits(output))
-
-
-def _kept_tokens(value: Tensor, batch: Batch | Tensor) -> Tensor | None:
-    """Tokens of an output [B, S, D] that the attention mask [B, S] of its batch keeps."""
-    mask = batch.get("attention_mask") if isinstance(batch, dict) else None
-    if mask is None or mask.shape != value.shape[:-1]:
-        return None
-    return mask.to(value.device).flatten().nonzero()[:, 0]
+    tokens = kept_tokens_of_output(value)
+    if tokens is None:
+        return Reference(kept.clone(), head, None, is_logits(output))
+    tokens = tokens.flatten().nonzero()[:, 0]
+    return Reference(kept.index_select(0, tokens), head, tokens, is_logits(output))
 
 
 def _of_classes(logits: Tensor) -> Tensor:

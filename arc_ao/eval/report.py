@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from arc_ao.calibration.data import to_batches
+from arc_ao.calibration.padding import watched, without_padding
 from arc_ao.calibration.session import Member
 from arc_ao.config import ARCConfig
 from arc_ao.inference import evaluation_mode, run_model
@@ -75,7 +76,7 @@ def layer_report(
         for name, meter in meters.items()
     ]
     try:
-        with evaluation_mode(original):
+        with evaluation_mode(original), watched(original):
             for batch in tqdm(batches, desc="report", disable=not progress, leave=False):
                 run_model(original, batch)
     finally:
@@ -103,7 +104,7 @@ class _Meter:
         self.signal = self.noise = self.plain_noise = 0.0
 
     def __call__(self, module: nn.Linear, args: tuple[Tensor, ...], kwargs: dict) -> None:
-        x = (args[0] if args else kwargs["input"]).float()
+        x = without_padding(args[0] if args else kwargs["input"]).float()
         reference = F.linear(x, module.weight.float())
         if self.plain is None:
             self.plain = quantize_plain(module)

@@ -12,26 +12,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from arc_ao.eval.divergence import CHUNK_ELEMENTS, is_logits, kept_tokens, model_output
+from arc_ao.eval.divergence import CHUNK_ELEMENTS, is_logits, model_output
 
 
 @torch.no_grad()
 def score_gradient(
-    output: Any, attention_mask: Tensor | None, generator: torch.Generator
+    output: Any, kept: Tensor | None, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, int]:
     """The tensor a model's output is compared by, the gradient of a score with respect to it, and
     the number of tokens that count.
 
     Args:
         output: what a model returned.
-        attention_mask: [B, S], 0 for padding tokens, whose gradient is 0.
+        kept: bool [B, S], false for padding tokens, whose gradient is 0; None: none is.
         generator: on the CPU, for the same draws on every device.
     """
     value = model_output(output)
     size = value.shape[-1]
     rows, gradient = value.detach().reshape(-1, size), torch.zeros_like(value).view(-1, size)
-    keep = kept_tokens(value, attention_mask)
-    tokens = torch.arange(len(rows)) if keep is None else keep.flatten().nonzero()[:, 0].cpu()
+    tokens = torch.arange(len(rows)) if kept is None else kept.flatten().nonzero()[:, 0].cpu()
     one = _of_logits if is_logits(output) else _of_hidden
     for chunk in tokens.split(max(1, CHUNK_ELEMENTS // size)):
         chunk = chunk.to(rows.device)

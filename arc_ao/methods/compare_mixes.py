@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from arc_ao.calibration.data import Batch
 from arc_ao.calibration.gram import Gram
+from arc_ao.calibration.padding import kept_tokens_of_output, watched
 from arc_ao.calibration.session import CalibrationSession
-from arc_ao.eval.divergence import output_divergence
+from arc_ao.eval.divergence import model_output, output_divergence
 from arc_ao.inference import evaluation_mode, run_model
 from arc_ao.memory import release_memory
 from arc_ao.methods.choice_errors import quantized
@@ -77,17 +78,15 @@ def divergences(
             ]
             total = 0.0
             for batch in batches:
-                reference = run_model(model, batch)  # anew: logits of all batches would not fit
+                with watched(model):  # anew: logits of all batches would not fit
+                    reference = run_model(model, batch)
+                    kept = kept_tokens_of_output(model_output(reference))
                 with swapped(made):
                     output = run_model(model, batch)
-                total += output_divergence(reference, output, _mask(batch))
+                total += output_divergence(reference, output, kept)
                 release_memory()
             del made
             yield total / len(batches)
-
-
-def _mask(batch: Batch | Tensor) -> Tensor | None:
-    return batch.get("attention_mask") if isinstance(batch, dict) else None
 
 
 @contextmanager

@@ -129,7 +129,7 @@ def search_mix(
 
     Args:
         session: of a BudgetConfig, calibrated, its layer weights measured, not observing.
-        batches: on which the model's output is compared.
+        batches: on which the model's output is compared; none: the mix is taken as it is.
     """
     config, groups = session.config, session.groups()
     steps = progress.steps("measure choices", groups)
@@ -143,6 +143,8 @@ def search_mix(
             *uniform_mixes(menus, weights, config),
         ]
     )
+    if not batches:
+        return Search(menus, mixes[:1], weights)
     picks = [mix.picks for mix in mixes]
     measured = divergences(model, session, menus, picks, batches, progress=progress)
     mixes = [replace(mix, divergence=d) for mix, d in zip(mixes, measured, strict=True)]

@@ -28,6 +28,7 @@ from torchao.quantization.pt2e.quantizer import (
 )
 
 from arc_ao.calibration.observer import ARCObserver
+from arc_ao.calibration.padding import watch, without_padding
 from arc_ao.calibration.session import Member
 from arc_ao.config import ARCConfig
 from arc_ao.methods.few_tokens import RoundingNote, warn_of_few_tokens
@@ -39,6 +40,7 @@ from arc_ao.passes.rewrite_linear import rewrite_linears
 from arc_ao.targets import DTYPES, SKIPPED_NAMES, is_ragged
 
 ANNOTATION = "quantization_annotation"
+WATCHING = "arc_watching"  # hooks that see which rows are padding
 NameFilter = Callable[[str], bool]
 
 
@@ -59,8 +61,9 @@ class GraphObserver(ObserverBase):
             observer = ARCObserver(x.shape[-1], orders, "graph input", tokens, products)
             self.statistics = observer.to(x.device)
         if x.numel():
-            self.statistics.observe(x)
-            self.statistics.keep(x)
+            rows = without_padding(x)
+            self.statistics.observe(rows)
+            self.statistics.keep(rows)
         return x
 
     def calculate_qparams(self, **kwargs: Any) -> None:
@@ -176,6 +179,7 @@ def prepare_arc(
             f"prepare_arc: expected linears to quantize, found none; skipped: {quantizer.skipped}"
         )
     prepared.meta["arc_skipped"] = quantizer.skipped
+    prepared.meta[WATCHING] = watch(prepared)
     return prepared
 
 
@@ -187,6 +191,8 @@ def convert_arc(prepared: GraphModule) -> GraphModule:
     Raises:
         ValueError: an input that no calibration data reached, naming its linears.
     """
+    for handle in prepared.meta.pop(WATCHING, []):
+        handle.remove()
     return convert_pt2e(prepared, fold_quantize=False)
 
 

@@ -1,6 +1,7 @@
 """What recipe "tuned" adds to one call of `quantize_`: before anything changes, and at the end."""
 
 import os
+import warnings
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from arc_ao.calibration.data import Batch
 from arc_ao.calibration.work_dir import WorkDir
 from arc_ao.config import ARCConfig
+from arc_ao.eval.divergence import NotComparableError
 from arc_ao.eval.reference import Reference, record_references
 from arc_ao.methods.tuning.parameters import bytes_per_weight
 from arc_ao.methods.tuning.tune import TuningRecord, split, tune
@@ -28,12 +30,24 @@ class TuningSession:
     references: list[Reference] = field(default_factory=list)
 
     def record(self, model: nn.Module, changing: set[nn.Module], progress: Progress) -> None:
-        """Run the unquantized model; `changing` are all modules that will be quantized."""
-        self.originals = {name: m.weight.detach() for name, m in self.linears.items()}
-        self.references = record_references(model, self.batches, changing, progress=progress)
+        """Run the unquantized model; `changing` are all modules that will be quantized.
 
-    def run(self, model: nn.Module, work: WorkDir | None, progress: Progress) -> TuningRecord:
-        """Train; linears that a budget left as they are stay so."""
+        Warns where its output cannot be compared, and nothing will be trained.
+        """
+        try:
+            self.references = record_references(model, self.batches, changing, progress=progress)
+        except NotComparableError as error:
+            warnings.warn(f"recipe='tuned' trains nothing: {error}", stacklevel=3)
+            return
+        self.originals = {name: m.weight.detach() for name, m in self.linears.items()}
+
+    def run(
+        self, model: nn.Module, work: WorkDir | None, progress: Progress
+    ) -> TuningRecord | None:
+        """Train, where there is an output to train for; linears that a budget left as they are stay
+        so."""
+        if not self.references:
+            return None
         quantized = [n for n, m in self.linears.items() if isinstance(m.weight, ARCTensor)]
         return tune(
             model,
