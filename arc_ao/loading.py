@@ -1,5 +1,7 @@
 """Empty ARCTensors to copy a checkpoint into, their configs, and the layout once it is there."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -8,6 +10,8 @@ from arc_ao.formats.nvfp4 import BLOCK_SIZE
 from arc_ao.methods.prepare import branch_dtype
 from arc_ao.summary import arc_tensors
 from arc_ao.tensor import ARCTensor
+
+USUAL = vars(ARCConfig().resolve())
 
 
 def empty_tensor(module: nn.Linear, config: ARCConfig) -> ARCTensor:
@@ -70,23 +74,34 @@ def _empty_preparation(module: nn.Linear, config: ARCConfig) -> dict[str, Tensor
     return found
 
 
+def loading_fields(tensor: ARCTensor) -> dict[str, Any]:
+    """The fields of an ARCConfig that a tensor's shapes and attributes settle."""
+    return {
+        "num_act_channels": tensor.num_act_channels,
+        "num_weight_channels": tensor.num_weight_channels,
+        "granularity": "channel" if tensor.act_channels is not None else "block",
+        "channel_order": "amax" if tensor.channel_order is not None else "none",
+        "activation_scale": tensor.activation_scale,
+        "activation": "nvfp4" if tensor.quantizes_input else "bf16",
+        "activation_block_scale": tensor.activation_block_scale,
+        "smooth": "none" if tensor.input_scale is None else "flatten",
+        "rotation": 0 if tensor.rotation is None else tensor.rotation.shape[0],
+        "rank": tensor.rank,
+        "pad_in_features": tensor.in_features % BLOCK_SIZE > 0,
+    }
+
+
 def loading_config(tensor: ARCTensor) -> ARCConfig:
-    """The `prepare_for_loading` config that recreates a tensor's shapes."""
+    """The `prepare_for_loading` config that recreates a tensor's shapes.
+
+    It names no field that `resolve` fills in alike: how the weight was quantized is left open, and
+    config.json stays short.
+    """
+    fields = loading_fields(tensor)
     return ARCConfig(
-        recipe="balanced",
-        num_act_channels=tensor.num_act_channels,
-        num_weight_channels=tensor.num_weight_channels,
-        granularity="channel" if tensor.act_channels is not None else "block",
-        channel_order="amax" if tensor.channel_order is not None else "none",
-        activation_scale=tensor.activation_scale,
-        activation="nvfp4" if tensor.quantizes_input else "bf16",
-        activation_block_scale=tensor.activation_block_scale,
-        smooth="none" if tensor.input_scale is None else "flatten",
-        rotation=0 if tensor.rotation is None else tensor.rotation.shape[0],
-        rank=tensor.rank,
-        pad_in_features=tensor.in_features % BLOCK_SIZE > 0,
         step="prepare_for_loading",
-    ).resolve()
+        **{name: value for name, value in fields.items() if value != USUAL[name]},
+    )
 
 
 def pack_weights_(model: nn.Module) -> nn.Module:
