@@ -225,7 +225,7 @@ class ARCTensor(TorchAOBaseTensor):
         """The same weight in the layout that the kernels of a device (its own) prefer."""
         if not self.quantizes_input:
             return self.to_layout("plain")
-        return self.to_layout(preferred_layout(device or self.device))
+        return self.to_layout(preferred_layout(device or self.qdata.device))
 
     def to_layout(self, layout: str) -> "ARCTensor":
         """The same weight with qdata and scale in another layout; itself if it has that layout.

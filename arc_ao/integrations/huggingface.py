@@ -15,7 +15,7 @@ from typing import Any
 
 import transformers
 from torch import nn
-from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig, config_to_dict
+from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
 from torchao.prototype.safetensors import safetensors_utils
 from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 from torchao.quantization import FqnToConfig
@@ -43,8 +43,8 @@ from arc_ao.integrations.checkpoint import (
     check_complete,
 )
 from arc_ao.integrations.gguf import find_gguf, load_gguf
-from arc_ao.integrations.stored_config import config_from, without_defaults
-from arc_ao.loading import loading_config
+from arc_ao.integrations.stored_config import config_from, described
+from arc_ao.loading import loading_config, pack_weights_
 from arc_ao.summary import SUMMARY, arc_tensors
 from arc_ao.tensor import TRANSFORM_TENSORS, ARCTensor
 
@@ -71,7 +71,7 @@ class ArcHfConfig(TorchAoConfig):
         """Dictionary for config.json, with a hint for readers that lack arc_ao. What a layer's
         config has by default is left out."""
         if self._described is None:
-            self._described = {"default": without_defaults(config_to_dict(self.quant_type))}
+            self._described = {"default": described(self.quant_type)}
         fields = {k: v for k, v in vars(self).items() if not k.startswith("_")}
         return fields | {"quant_type": self._described, "hint": HINT}
 
@@ -82,11 +82,8 @@ class ArcHfConfig(TorchAoConfig):
         Raises:
             ValueError: it names something else than classes of configs and their fields.
         """
-        described = config_dict["quant_type"]
         fields = {name: value for name, value in config_dict.items() if name != "quant_type"}
-        config = cls(config_from(described["default"]), **fields)
-        config._described = described
-        return config
+        return cls(config_from(config_dict["quant_type"]["default"]), **fields)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ArcHfConfig":
         """Itself: transformers copies the model's config for every use, with one config a layer,
@@ -157,6 +154,7 @@ class ArcHfQuantizer(TorchAoHfQuantizer):
         self.checkpoint = None
         conversions = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [c for c in conversions if not _is_ours(c)]
+        pack_weights_(model)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict, dict]:
         """What a checkpoint holds: weights in the plain layout, taken apart for safetensors.

@@ -6,46 +6,58 @@ import importlib
 from functools import cache
 from typing import Any
 
-from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig, config_from_dict
+from torchao.core.config import (
+    ALLOWED_AO_MODULES,
+    AOBaseConfig,
+    config_from_dict,
+    config_to_dict,
+)
 from torchao.quantization import FqnToConfig
 
-from arc_ao import config_classes
+from arc_ao.config import ARCConfig
 
 
-def config_from(described: dict[str, Any]) -> AOBaseConfig:
-    """The config that torchao's `config_to_dict` described. Layers described alike share one.
+def config_from(stored: dict[str, Any]) -> AOBaseConfig:
+    """The config that `described`, or torchao's `config_to_dict`, describes.
+
+    Layers that are alike share one.
 
     Raises:
         ValueError: a name of anything but a class of configs or of their fields.
     """
-    if described.get("_type") != FqnToConfig.__name__:
-        _check_types(described)
-        return config_from_dict(described)
-    layers = _layers(described)
+    if stored.get("_type") != FqnToConfig.__name__:
+        _check_types(stored)
+        return config_from_dict(stored)
+    layers = _layers(stored)
     alike = {repr(inner): inner for inner in layers.values()}
     known = {text: inner and config_from(inner) for text, inner in alike.items()}
     return FqnToConfig({layer: known[repr(inner)] for layer, inner in layers.items()})
 
 
-def _layers(described: dict[str, Any]) -> dict[str, Any]:
-    """Name -> described config, or None, of a described FqnToConfig."""
-    fields = described["_data"]
+def _layers(stored: dict[str, Any]) -> dict[str, Any]:
+    """Layer -> stored config, or None, of a stored FqnToConfig."""
+    fields = stored["_data"]
     return fields.get("fqn_to_config") or fields.get("module_fqn_to_config") or {}
 
 
-def without_defaults(described: dict[str, Any]) -> dict[str, Any]:
-    """A described config without what its class, if it is one of arc_ao, fills in by itself."""
-    fields = described["_data"]
-    if described["_type"] == FqnToConfig.__name__:
-        layers = _layers(described).items()
-        short = {name: inner and without_defaults(inner) for name, inner in layers}
-        return described | {"_data": {"fqn_to_config": short}}
-    config_class = getattr(config_classes, described["_type"], None)
-    if config_class is None:
-        return described
-    usual = vars(config_class())
-    kept = {name: value for name, value in fields.items() if value != usual[name]}
-    return {"_type": described["_type"], "_data": kept}
+def described(config: AOBaseConfig | None) -> dict[str, Any] | None:
+    """What `config_from` reads; of a config of arc_ao without the fields that are as usual."""
+    if config is None:
+        return None
+    name = type(config).__name__
+    if isinstance(config, FqnToConfig):
+        layers = {layer: described(inner) for layer, inner in config.fqn_to_config.items()}
+        return {"_type": name, "_data": {"fqn_to_config": layers}}
+    if not isinstance(config, ARCConfig):
+        return config_to_dict(config)
+    usual = _usual_fields(type(config))
+    fields = {field: value for field, value in vars(config).items() if not field.startswith("_")}
+    return {"_type": name, "_data": {k: v for k, v in fields.items() if v != usual[k]}}
+
+
+@cache
+def _usual_fields(config_class: type[ARCConfig]) -> dict[str, Any]:
+    return vars(config_class())
 
 
 def _check_types(described: Any) -> None:
