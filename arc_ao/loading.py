@@ -11,8 +11,6 @@ from arc_ao.methods.prepare import branch_dtype
 from arc_ao.summary import arc_tensors
 from arc_ao.tensor import ARCTensor
 
-USUAL = vars(ARCConfig().resolve())
-
 
 def empty_tensor(module: nn.Linear, config: ARCConfig) -> ARCTensor:
     """Zero ARCTensor of the shape that `config` describes, to copy a checkpoint into.
@@ -92,16 +90,9 @@ def loading_fields(tensor: ARCTensor) -> dict[str, Any]:
 
 
 def loading_config(tensor: ARCTensor) -> ARCConfig:
-    """The `prepare_for_loading` config that recreates a tensor's shapes.
-
-    It names no field that `resolve` fills in alike: how the weight was quantized is left open, and
-    config.json stays short.
-    """
-    fields = loading_fields(tensor)
-    return ARCConfig(
-        step="prepare_for_loading",
-        **{name: value for name, value in fields.items() if value != USUAL[name]},
-    )
+    """The `prepare_for_loading` config that recreates a tensor's shapes. How the weight was
+    quantized, which loading does not read, is left open."""
+    return ARCConfig(step="prepare_for_loading", **loading_fields(tensor))
 
 
 def pack_weights_(model: nn.Module) -> nn.Module:

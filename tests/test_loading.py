@@ -215,10 +215,12 @@ def test_torchao_finds_no_function_of_arc_ao():
 
 
 def test_config_json_says_what_loading_reads(causal_dir):
-    """How weights were quantized is in arc_ao.json; a layer's config has its own shapes alone."""
+    """How weights were quantized is in arc_ao.json; a layer's config tells its own shapes alone."""
     _, directory = causal_dir
     stored = json.loads((directory / "config.json").read_text())["quantization_config"]
     layers = stored["quant_type"]["default"]["_data"]["fqn_to_config"]
-    kind = {"step": "prepare_for_loading", "num_act_channels": 0, "num_weight_channels": 0}
-    assert layers["model.layers.0.mlp.up_proj"] == {"_type": "ARCConfig", "_data": kind}
+    shapes = {"num_act_channels": 0, "num_weight_channels": 0, "granularity": "block"}
+    shapes |= {"channel_order": "none", "activation_scale": "token"}
+    shapes |= {"activation_block_scale": "amax", "step": "prepare_for_loading"}
+    assert layers["model.layers.0.mlp.up_proj"] == {"_type": "ARCConfig", "_data": shapes}
     assert len(layers) == 7 * tiny_config().num_hidden_layers
