@@ -87,7 +87,7 @@ def names_in(model: PreTrainedModel, name: str) -> list[str]:
 
 
 class WeightDeserializer(ConversionOps):
-    """Rebuilds one quantized weight, checks it, and marks its linear as initialized."""
+    """Rebuilds one quantized weight, checks it, and puts it into its linear."""
 
     def __init__(self, hf_quantizer: Any) -> None:
         self.hf_quantizer = hf_quantizer
@@ -104,9 +104,13 @@ class WeightDeserializer(ConversionOps):
         full_layer_name: str,
         model: PreTrainedModel,
         disk_name: str = "",
+        missing_keys: set[str] | None = None,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
-        """`input_dict`: name of an inner tensor, with its prefix -> the tensor alone in a list."""
+        """`input_dict`: name of an inner tensor, with its prefix -> the tensor alone in a list.
+
+        Returns nothing that is left to do. Raises ValueError, naming the layer.
+        """
         name = self._described_name(disk_name, full_layer_name, model)
         layer = name.removesuffix(".weight")
         tensors = _single_tensors(layer, input_dict)
@@ -121,7 +125,9 @@ class WeightDeserializer(ConversionOps):
         weight._is_param = True  # all that nn.Parameter adds to a tensor of no other owner
         module._is_hf_initialized = weight._is_hf_initialized = True
         module._hf_quantized_needs_local_tp = True
-        return {full_layer_name: weight}
+        module.weight = weight
+        (missing_keys or set()).discard(full_layer_name)
+        return {}
 
     def _described_name(self, disk_name: str, model_name: str, model: PreTrainedModel) -> str:
         """The name under which the metadata describes a weight.
@@ -205,8 +211,10 @@ class ArcWeightConverter(WeightConverter):
         self.by_weight.setdefault(target_key, {}).setdefault(source_pattern, []).append(future)
         self.layer_targets[target_key].add(source_key)
 
-    def convert(self, layer_name: str, model: Any = None, **kwargs: Any) -> dict[str, Tensor]:
-        """Name of the weight -> the weight."""
+    def convert(
+        self, layer_name: str, model: Any = None, loading_info: Any = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Have the weight rebuilt and put into `model`; nothing is left to do."""
         inner = next(name for name in self.layer_targets[layer_name] if f".{PREFIX}" in name)
         self.collected_tensors = self.by_weight.pop(layer_name)
         return self.operations[0].convert(
@@ -214,6 +222,7 @@ class ArcWeightConverter(WeightConverter):
             full_layer_name=layer_name,
             model=model,
             disk_name=inner.rpartition(f".{PREFIX}")[0] + ".weight",
+            missing_keys=loading_info.missing_keys,
         )
 
 
