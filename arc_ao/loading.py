@@ -1,5 +1,7 @@
 """Empty ARCTensors to copy a checkpoint into, their configs, and the layout once it is there."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -70,23 +72,27 @@ def _empty_preparation(module: nn.Linear, config: ARCConfig) -> dict[str, Tensor
     return found
 
 
+def loading_fields(tensor: ARCTensor) -> dict[str, Any]:
+    """The fields of an ARCConfig that a tensor's shapes and attributes settle."""
+    return {
+        "num_act_channels": tensor.num_act_channels,
+        "num_weight_channels": tensor.num_weight_channels,
+        "granularity": "channel" if tensor.act_channels is not None else "block",
+        "channel_order": "amax" if tensor.channel_order is not None else "none",
+        "activation_scale": tensor.activation_scale,
+        "activation": "nvfp4" if tensor.quantizes_input else "bf16",
+        "activation_block_scale": tensor.activation_block_scale,
+        "smooth": "none" if tensor.input_scale is None else "flatten",
+        "rotation": 0 if tensor.rotation is None else tensor.rotation.shape[0],
+        "rank": tensor.rank,
+        "pad_in_features": tensor.in_features % BLOCK_SIZE > 0,
+    }
+
+
 def loading_config(tensor: ARCTensor) -> ARCConfig:
-    """The `prepare_for_loading` config that recreates a tensor's shapes."""
-    return ARCConfig(
-        recipe="balanced",
-        num_act_channels=tensor.num_act_channels,
-        num_weight_channels=tensor.num_weight_channels,
-        granularity="channel" if tensor.act_channels is not None else "block",
-        channel_order="amax" if tensor.channel_order is not None else "none",
-        activation_scale=tensor.activation_scale,
-        activation="nvfp4" if tensor.quantizes_input else "bf16",
-        activation_block_scale=tensor.activation_block_scale,
-        smooth="none" if tensor.input_scale is None else "flatten",
-        rotation=0 if tensor.rotation is None else tensor.rotation.shape[0],
-        rank=tensor.rank,
-        pad_in_features=tensor.in_features % BLOCK_SIZE > 0,
-        step="prepare_for_loading",
-    ).resolve()
+    """The `prepare_for_loading` config that recreates a tensor's shapes. How the weight was
+    quantized, which loading does not read, is left open."""
+    return ARCConfig(step="prepare_for_loading", **loading_fields(tensor))
 
 
 def pack_weights_(model: nn.Module) -> nn.Module:

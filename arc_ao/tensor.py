@@ -127,24 +127,26 @@ class ARCTensor(TorchAOBaseTensor):
             device=qdata.device,
             requires_grad=False,
         )
-        self.qdata = qdata
-        self.scale = scale
-        self.outer_scale = outer_scale
-        self.act_blocks = act_blocks
-        self.weight_blocks = weight_blocks
-        self.in_features = in_features
-        self.orig_dtype = orig_dtype
-        self.activation_scale = activation_scale
-        self.activation_block_scale = activation_block_scale
-        self.weight_layout = weight_layout
-        self.input_plan = input_plan
-        self.channel_order = channel_order
-        self.act_channels = act_channels
-        self.act_outer_scale = act_outer_scale
-        self.input_scale = input_scale
-        self.rotation = rotation
-        self.down = down
-        self.up = up
+        self.__dict__.update(  # at once: every weight is made anew several times while it loads
+            qdata=qdata,
+            scale=scale,
+            outer_scale=outer_scale,
+            act_blocks=act_blocks,
+            weight_blocks=weight_blocks,
+            in_features=in_features,
+            orig_dtype=orig_dtype,
+            activation_scale=activation_scale,
+            activation_block_scale=activation_block_scale,
+            weight_layout=weight_layout,
+            input_plan=input_plan,
+            channel_order=channel_order,
+            act_channels=act_channels,
+            act_outer_scale=act_outer_scale,
+            input_scale=input_scale,
+            rotation=rotation,
+            down=down,
+            up=up,
+        )
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -211,16 +213,7 @@ class ARCTensor(TorchAOBaseTensor):
         """The same weight with the digest of its ids, scale and settings as `input_plan`."""
         names, attributes = self.__tensor_flatten__()
         tensors = {name: getattr(self, name) for name in names}
-        settings = (self.in_features, self.activation_scale, self.activation_block_scale)
-        digest = hashlib.sha256(repr(settings).encode())
-        for name in INPUT_TENSORS:
-            if name in tensors:
-                digest.update(f"{name} {tensors[name].tolist()}".encode())
-        for name in TRANSFORM_TENSORS:
-            if name in tensors:
-                digest.update(name.encode())
-                digest.update(tensors[name].view(torch.uint8).cpu().numpy().tobytes())
-        attributes = attributes | {"input_plan": digest.hexdigest()[:16]}
+        attributes = attributes | {"input_plan": input_digest(tensors, attributes)}
         return ARCTensor.__tensor_unflatten__(tensors, attributes, None, None)
 
     @property
@@ -232,7 +225,7 @@ class ARCTensor(TorchAOBaseTensor):
         """The same weight in the layout that the kernels of a device (its own) prefer."""
         if not self.quantizes_input:
             return self.to_layout("plain")
-        return self.to_layout(preferred_layout(device or self.device))
+        return self.to_layout(preferred_layout(device or self.qdata.device))
 
     def to_layout(self, layout: str) -> "ARCTensor":
         """The same weight with qdata and scale in another layout; itself if it has that layout.
@@ -302,15 +295,32 @@ class ARCTensor(TorchAOBaseTensor):
         return repr((inner, sorted((k, str(v)) for k, v in attributes.items())))
 
 
+def input_digest(tensors: dict[str, Tensor], settings: dict[str, Any]) -> str:
+    """`input_plan` of a weight with these inner tensors and attributes."""
+    names = ("in_features", "activation_scale", "activation_block_scale")
+    digest = hashlib.sha256(repr(tuple(settings[name] for name in names)).encode())
+    for name in INPUT_TENSORS:
+        if name in tensors:
+            digest.update(f"{name} {tensors[name].tolist()}".encode())
+    for name in TRANSFORM_TENSORS:
+        if name in tensors:
+            digest.update(name.encode())
+            digest.update(tensors[name].view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 _set_base_state = ARCTensor.__setstate__
 
 
 def _set_state(self: ARCTensor, state: dict[str, Any]) -> None:
-    """Unpickle; of a file from before `activation_block_scale`, too."""
+    """Unpickle; of a file from before `activation_block_scale`, too. The digest is made anew: one
+    that does not fit would have compiled linears share another linear's quantized input."""
     if "four_over_six" in state:
         state = dict(state)
         state["activation_block_scale"] = block_scale_of(state.pop("four_over_six"))
     _set_base_state(self, state)
+    if type(self.qdata) is Tensor and not self.qdata.is_meta:  # with data to read
+        self.input_plan = self.with_input_plan().input_plan
 
 
 ARCTensor.__setstate__ = _set_state  # torchao sets its own when the class body is through

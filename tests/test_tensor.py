@@ -228,6 +228,7 @@ def test_safetensors_round_trip(tensor, tmp_path):
 def test_tensors_from_before_activation_block_scale_load(tensor, tmp_path, old, method):
     """Safetensors metadata and pickles that hold `four_over_six` instead."""
     tensor.activation_block_scale = method
+    tensor = tensor.with_input_plan()
     data, metadata = safetensors_support.flatten_tensor_state_dict({"layer.weight": tensor})
     described = json.loads(metadata["layer.weight"])
     del described["_data"]["activation_block_scale"]

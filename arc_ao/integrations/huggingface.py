@@ -28,7 +28,6 @@ from transformers import (
     PreTrainedModel,
     TorchAoConfig,
 )
-from transformers.integrations.torchao import TorchAoDeserialize
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -37,7 +36,17 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
+from arc_ao import config_classes
+from arc_ao.checks_on_load import REMEDY
+from arc_ao.integrations.checkpoint import (
+    OWN_NAMES,
+    PREFIX,
+    ArcWeightConverter,
+    Checkpoint,
+    check_complete,
+)
 from arc_ao.integrations.gguf import find_gguf, load_gguf
+from arc_ao.integrations.stored_config import config_from, described
 from arc_ao.loading import loading_config, pack_weights_
 from arc_ao.summary import SUMMARY, arc_tensors
 from arc_ao.tensor import TRANSFORM_TENSORS, ARCTensor
@@ -59,40 +68,108 @@ class ArcHfConfig(TorchAoConfig):
         kwargs.pop("hint", None)
         super().__init__(quant_type, **kwargs)
         self.quant_method = METHOD
+        self._described: dict[str, Any] | None = None  # of quant_type, for config.json
 
     def to_dict(self) -> dict[str, Any]:
-        """Dictionary for config.json, with a hint for readers that lack arc_ao."""
-        return super().to_dict() | {"hint": HINT}
+        """Dictionary for config.json, with a hint for readers that lack arc_ao. What a layer's
+        config has by default is left out."""
+        if self._described is None:
+            self._described = {"default": described(self.quant_type)}
+        fields = {k: v for k, v in vars(self).items() if not k.startswith("_")}
+        return fields | {"quant_type": self._described, "hint": HINT}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "ArcHfConfig":
+        """Config from config.json.
+
+        Raises:
+            ValueError: it names something else than classes of configs and their fields.
+        """
+        fields = {name: value for name, value in config_dict.items() if name != "quant_type"}
+        return cls(config_from(config_dict["quant_type"]["default"]), **fields)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ArcHfConfig":
+        """Itself: transformers copies the model's config for every use, with one config a layer,
+        and nobody changes them."""
+        return self
 
 
 class ArcHfQuantizer(TorchAoHfQuantizer):
-    """transformers' quantizer of an arc_ao checkpoint: knows the names of our inner tensors."""
+    """transformers' quantizer of an arc_ao checkpoint; integrations/checkpoint.py reads the files.
+
+    Attributes:
+        checkpoint: what is being loaded, None for a model that was quantized here.
+    """
+
+    checkpoint: Checkpoint | None = None
 
     @property
     def serialized_names(self) -> dict[str, list[str]]:
         """Suffixes under which a quantized weight lies in the checkpoint."""
-        if not self.pre_quantized:
+        if self.checkpoint is None:
             return {}
-        suffixes = (*ARCTensor.tensor_data_names, *ARCTensor.optional_tensor_data_names)
-        return {"weight": [f"_weight_{suffix}" for suffix in suffixes]}
+        return {"weight": [PREFIX + suffix for suffix in self.checkpoint.suffixes]}
 
     @property
     def quantized_element_size(self) -> float:
         """Bytes per weight, for transformers' device planning: 4.5 bits."""
         return 0.5625
 
+    def param_needs_quantization(
+        self, model: PreTrainedModel, param_name: str, **kwargs: Any
+    ) -> bool:
+        """Whether a parameter is quantized, or will be; one of the model itself never is."""
+        layer, _, parameter = param_name.rpartition(".")
+        if self.pre_quantized and self.checkpoint is not None:
+            return parameter == "weight" and layer in self.checkpoint.configs
+        return bool(layer) and super().param_needs_quantization(model, param_name, **kwargs)
+
+    def set_metadata(self, checkpoint_files: list[str]) -> None:
+        """Read what the files hold, before any weight is loaded."""
+        self.checkpoint = Checkpoint(checkpoint_files, self.quantization_config.quant_type)
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        """Read the files' metadata; refuse files that lack a tensor which was saved."""
+        super()._process_model_before_weight_loading(model, checkpoint_files, **kwargs)
+        if self.pre_quantized and self.checkpoint is not None and self.checkpoint.own_names:
+            for name in self.checkpoint.lost(model):
+                raise ValueError(f"{name}: expected in the checkpoint, found none; {REMEDY}")
+
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: PreTrainedModel
+    ) -> list[Any]:
+        """Ours comes first. A file in the model's own names needs no renaming, unless a model of
+        another class opens it."""
+        if not self.pre_quantized or self.checkpoint is None:
+            return super().update_weight_conversions(weight_conversions, model)
+        same_class = type(model).__name__ in (model.config.architectures or [])
+        if self.checkpoint.own_names and same_class:
+            weight_conversions = []
+        return [ArcWeightConverter(self), *weight_conversions]
+
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        """Forget how the inner tensors were joined: saving takes them apart by itself, and
-        transformers would fail to invert the step. Then pack the weights for their device."""
+        """Refuse a model that lacks a weight. Forget how the inner tensors were joined: saving
+        takes them apart by itself, and transformers would fail to invert the step."""
+        if self.pre_quantized and self.checkpoint is not None:
+            check_complete(model, self.checkpoint)
+        self.checkpoint = None
         conversions = getattr(model, "_weight_conversions", None) or []
-        model._weight_conversions = [c for c in conversions if not _deserializes(c)]
+        model._weight_conversions = [c for c in conversions if not _is_ours(c)]
         pack_weights_(model)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict, dict]:
-        """What a checkpoint holds: weights in the plain layout, taken apart for safetensors."""
+        """What a checkpoint holds: weights in the plain layout, taken apart for safetensors.
+
+        All under the model's own names: spellings of older checkpoints, which transformers would
+        save, may join several weights into one, and quantized weights cannot be joined.
+        """
+        model._weight_conversions = []
         state = model.state_dict()
         plain = {k: unshared(v) for k, v in state.items() if isinstance(v, ARCTensor)}
-        return flatten_tensor_state_dict(state | plain)
+        tensors, metadata = flatten_tensor_state_dict(state | plain)
+        return tensors, metadata | {OWN_NAMES: "of the model"}
 
 
 def unshared(tensor: ARCTensor) -> ARCTensor:
@@ -105,14 +182,13 @@ def unshared(tensor: ARCTensor) -> ARCTensor:
     return ARCTensor.__tensor_unflatten__(tensors, attributes, None, None)
 
 
-def _deserializes(conversion: Any) -> bool:
-    operations = getattr(conversion, "operations", [])
-    return any(isinstance(operation, TorchAoDeserialize) for operation in operations)
+def _is_ours(conversion: Any) -> bool:
+    return isinstance(conversion, ArcWeightConverter)
 
 
 def register() -> None:
     """Make ARCTensor and ARCConfig known to torchao and transformers; repeated calls do nothing."""
-    ALLOWED_AO_MODULES.add("arc_ao")
+    ALLOWED_AO_MODULES.add(config_classes.__name__)
     safetensors_utils.ALLOWED_CLASSES["ARCTensor"] = ARCTensor
     if "ARCTensor" not in safetensors_utils.ALLOWED_TENSORS_SUBCLASSES:
         safetensors_utils.ALLOWED_TENSORS_SUBCLASSES.append("ARCTensor")

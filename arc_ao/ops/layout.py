@@ -112,4 +112,6 @@ def _whole_panels(matrix: Tensor) -> Tensor:
 
 def _with_tail(panels: Tensor, matrix: Tensor) -> Tensor:
     whole = panels.reshape(-1, matrix.shape[1])
+    if whole.shape == matrix.shape:
+        return whole
     return torch.cat((whole, matrix[whole.shape[0] :]))
