@@ -69,6 +69,20 @@ def _rehearse(target: Path) -> None:
         _remove(created)
 
 
+def check_file(path: str | Path) -> None:
+    """Open a file for writing; leaves it as it was.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    target = _real(path)
+    created = not target.exists()
+    with target.open("ab"):
+        pass
+    if created:
+        target.unlink()
+
+
 def check_space(directory: str | Path, num_bytes: int) -> None:
     """Refuse an output that will not fit.
 
