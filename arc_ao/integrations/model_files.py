@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 INDEX = "model.safetensors.index.json"
 POINTER = b"version https://git-lfs"  # what Git LFS leaves where a large file was not fetched
 AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModel")
+SAMPLE = "A text 1 \u6587"  # something of it is known to every vocabulary
 FLAG = "trust_remote_code=True (--trust-remote-code)"
 
 
@@ -48,16 +49,30 @@ def load_tokenizer(directory: str | Path, trust_remote_code: bool = False) -> An
     """Tokenizer of the model in a folder.
 
     Raises:
-        ValueError: there is none, or one that cannot be read.
+        ValueError: there is none, or one that cannot be read. Without the file of its vocabulary
+            transformers makes many kinds of nothing, to which every word is unknown.
     """
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # parsers of five formats, each with errors of its own
-        raise ValueError(
-            f"{directory}: expected a tokenizer beside the model, found none that transformers "
-            f"{transformers.__version__} can load ({_first_sentence(error)}); put the model's "
-            "tokenizer files there, such as tokenizer.json and tokenizer_config.json"
-        ) from error
+        reason = f"transformers {transformers.__version__}: {_first_sentence(error)}"
+        raise ValueError(_no_tokenizer(directory, reason)) from error
+    if not _knows_text(tokenizer):
+        reason = f"a {type(tokenizer).__name__} of {len(tokenizer)} tokens, none of them text"
+        raise ValueError(_no_tokenizer(directory, reason))
+    return tokenizer
+
+
+def _knows_text(tokenizer: Any) -> bool:
+    ids = tokenizer(SAMPLE, add_special_tokens=False, verbose=False).input_ids
+    return any(c.isalnum() for c in tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def _no_tokenizer(directory: str | Path, reason: str) -> str:
+    return (
+        f"{directory}: expected the model's tokenizer in its folder, found none that can be used "
+        f"({reason}); put its files there, such as tokenizer.json and tokenizer_config.json"
+    )
 
 
 def has_own_code(config: PretrainedConfig) -> bool:
