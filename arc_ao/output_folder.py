@@ -60,7 +60,7 @@ def _rehearse(target: Path) -> None:
     private = None
     try:
         private = _make_private(target)
-        _write_flushed(private / CHECK)
+        (private / CHECK).write_bytes(bytes(CHECK_BYTES))
         _publish(private, target)
         (target / CHECK).unlink()
     finally:
@@ -172,7 +172,10 @@ def _remove(folders: list[Path]) -> None:
 
 
 def _make_private(target: Path) -> Path:
-    parent = target if target.is_dir() else target.parent
+    there = next(path for path in (target, *target.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"{there} is no folder")
+    parent = target if there == target else target.parent
     parent.mkdir(parents=True, exist_ok=True)
     return Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
 
@@ -187,10 +190,3 @@ def _publish(private: Path, target: Path) -> None:
     for file in sorted(private.iterdir(), key=lambda file: file.name == LAST):
         file.rename(target / file.name)
     private.rmdir()
-
-
-def _write_flushed(path: Path) -> None:
-    with path.open("wb") as file:
-        file.write(bytes(CHECK_BYTES))
-        file.flush()
-        os.fsync(file.fileno())
