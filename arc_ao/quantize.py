@@ -77,7 +77,7 @@ def quantize_(
 
     Raises:
         ValueError: a layer that cannot be quantized, missing calibration data, or a `work_dir` of
-            another model, config or data.
+            another call, or in use by another process.
     """
     config = ARCConfig() if config is None else config
     if not isinstance(config, AOBaseConfig):
