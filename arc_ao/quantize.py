@@ -11,7 +11,7 @@ step="prepare_for_loading"   an empty ARCTensor of the shape that a checkpoint h
 
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from torchao.quantization import quantize_ as torchao_quantize_
 from torchao.quantization import register_quantize_module_handler
 
 from arc_ao.calibration.data import Batch, num_tokens, observe, to_batches
+from arc_ao.calibration.fingerprint import fingerprint
 from arc_ao.calibration.session import CalibrationSession, Member, detach, observer_on
-from arc_ao.calibration.work_dir import WorkDir, fingerprint
+from arc_ao.calibration.work_dir import WorkDir
 from arc_ao.config import ARCConfig
 from arc_ao.config_family import CONFIGS
 from arc_ao.convert_blocks import convert_blocks
@@ -85,8 +86,8 @@ def quantize_(
 
     Raises:
         ValueError: a layer that cannot be quantized, missing calibration data, or a `work_dir` of
-            another model, config or data. RuntimeError: the quantized model does not run on its
-            shortest batch; its weights are gone by then.
+            another call, or in use by another process. RuntimeError: the quantized model does not
+            run on its shortest batch; its weights are gone by then.
     """
     config = ARCConfig() if config is None else config
     if not isinstance(config, AOBaseConfig):
@@ -110,11 +111,8 @@ def quantize_(
     groups = targets.by_config()
     arc_groups = [(c, modules) for c, modules in groups if isinstance(c, ARCConfig)]
     tuning = tuning_session(arc_groups, batches)
-    work = None
-    if work_dir is not None:
-        work = WorkDir(work_dir, fingerprint(model, targets.configs, batches or []))
     stages = _stages([c for c, _ in arc_groups], batches or [], progress)
-    with closing(stages):
+    with closing(stages), _work_folder(work_dir, model, targets.configs, batches) as work:
         with _unchanged_on_error(model):
             resolved = _calibrate_and_resolve(model, arc_groups, targets, batches, work, stages)
             if tuning is not None:
@@ -135,6 +133,17 @@ def quantize_(
     choices = {name: found for session in sessions for name, found in session.choices.items()}
     tried = [(final, trials) for final, trials, _ in resolved.values()]
     return summarize(model, tried, targets.skipped, before, choices, notes, stages.seconds, tuned)
+
+
+def _work_folder(
+    path: str | Path | None,
+    model: nn.Module,
+    configs: dict[str, AOBaseConfig],
+    batches: list[Batch | Tensor] | None,
+) -> AbstractContextManager[WorkDir | None]:
+    if path is None:
+        return nullcontext()
+    return WorkDir(path, fingerprint(model, configs, batches or []))
 
 
 def _stages(configs: list[ARCConfig], batches: list[Batch | Tensor], show: bool) -> Progress:

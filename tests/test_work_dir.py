@@ -150,6 +150,6 @@ def test_rounding_to_nearest_keeps_its_calibration(tmp_path):
     """Without blocks to keep, the statistics and the search are taken over."""
     config = ARCConfig(budget=0.2, **SEARCHED)
     first = quantized(tmp_path, config)
-    assert kept(tmp_path) == ["calibration.safetensors", "fingerprint.json"]
+    assert kept(tmp_path) == [".lock", "calibration.safetensors", "fingerprint.json"]
     assert set(json.loads((tmp_path / "fingerprint.json").read_text())) >= {"model", "data"}
     assert_same_tensors(first, quantized(tmp_path, config))

@@ -1,115 +1,120 @@
 """A folder of finished work, so that an interrupted quantization goes on where it stopped.
 
-    fingerprint.json             digests of model, config and data that the work belongs to
+    fingerprint.json             what the work belongs to (calibration/fingerprint.py)
     calibration.safetensors      statistics of every input; what the search measured
     block_00003.safetensors      quantized weights of one block
     tuning.safetensors           how far training the codes has come
+    .lock                        held by the process that works here
 
-A file is written under another name, flushed and renamed: it is complete or absent, also after
-SIGKILL. What a rerun takes over equals what it would compute again, bit for bit, on the same
-machine with the same number of threads. The folder may be deleted once the model is saved.
+A file is written in a private folder, flushed and renamed: it is complete or absent, also after
+SIGKILL. It holds a digest of its contents, its name and the fingerprint, so that one that was
+damaged or comes from elsewhere is refused. What a rerun takes over equals what it would compute
+again, bit for bit, on the same machine with the same number of threads. The folder may be deleted
+once the model is saved.
 """
 
-import hashlib
+import errno
+import fcntl
 import json
 import os
+import shutil
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from torchao.core.config import AOBaseConfig, config_to_dict
+from torch import Tensor
 from torchao.prototype.safetensors.safetensors_support import (
     flatten_tensor_state_dict,
     unflatten_tensor_state_dict,
 )
 
-from arc_ao.calibration.data import Batch
+from arc_ao.calibration.fingerprint import digest
 from arc_ao.methods.few_tokens import RoundingNote
 from arc_ao.tensor import ARCTensor
 
 ROUNDING = "arc_rounding"  # key in the metadata of a block
+DIGEST = "arc_digest"  # and of every file
 FINGERPRINT, CALIBRATION = "fingerprint.json", "calibration.safetensors"
 TUNING = "tuning.safetensors"
-FORMAT = "4"  # raised whenever the same inputs give other bits
-
-
-def fingerprint(
-    model: nn.Module, configs: dict[str, AOBaseConfig], batches: list[Batch | Tensor]
-) -> dict[str, str]:
-    """Digests of all that a quantized model depends on.
-
-    Args:
-        configs: config of every linear that is to be quantized, by fully qualified name.
-    """
-    state = [*model.named_parameters(), *model.named_buffers()]
-    described = {name: config_to_dict(config) for name, config in configs.items()}
-    return {
-        "format": FORMAT,
-        "model": _digest([str(type(model)), *(part for item in state for part in item)]),
-        "config": _digest([json.dumps(described, sort_keys=True, default=str)]),
-        "data": _digest([part for batch in batches for part in _parts(batch)]),
-    }
-
-
-def _parts(batch: Batch | Tensor) -> list[Any]:
-    if isinstance(batch, Tensor):
-        return ["tensor", batch]
-    return [part for key in sorted(batch) for part in (key, batch[key])]
-
-
-def _digest(parts: list[Any]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        if not isinstance(part, Tensor):
-            digest.update(repr(part).encode())
-            continue
-        digest.update(f"{part.dtype} {list(part.shape)}".encode())
-        if hasattr(part, "__tensor_flatten__"):  # weights that are quantized already
-            names, attributes = part.__tensor_flatten__()
-            inner = [getattr(part, name) for name in names]
-            digest.update(_digest([*names, str(attributes), *inner]).encode())
-            continue
-        values = part.detach().cpu().contiguous().reshape(-1)
-        digest.update(values.view(torch.uint8).numpy())
-    return digest.hexdigest()
+LOCK, TEMPORARY = ".lock", ".tmp-"
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # file systems that cannot lock
 
 
 class WorkDir:
-    """The folder of one quantization.
+    """The folder of one quantization; close it, or use it in a `with` statement.
 
     Args:
         path: new or empty folder, or that of an earlier run.
         expected: `fingerprint` of this run.
 
     Raises:
-        ValueError: the folder belongs to another run or holds something else, saying what differs.
+        ValueError: the folder belongs to another run or holds something else, saying what differs;
+            or another process works there.
     """
 
     def __init__(self, path: str | Path, expected: dict[str, str]) -> None:
-        self.path = Path(path)
+        self.path, self.expected = Path(path), expected
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"work_dir: expected a folder, found the file {self.path}")
         self.path.mkdir(parents=True, exist_ok=True)
         file = self.path / FINGERPRINT
         if not file.exists():
             self._refuse_other_files()
-            _replace(file, lambda temporary: temporary.write_text(json.dumps(expected, indent=2)))
-        found = json.loads(file.read_text())
-        differing = [key for key in expected if found.get(key) != expected[key]]
-        if differing:
-            raise ValueError(
-                f"work_dir: expected the work of this call in {self.path}, found that of another "
-                f"{' and '.join(differing)}; repeat the call that began it, or name another folder"
-            )
+        self._lock, alone = _lock(self.path)
+        try:
+            if not file.exists():
+                self._replace(
+                    FINGERPRINT, lambda new: new.write_text(json.dumps(expected, indent=2))
+                )
+            self._refuse_other_work(_read_fingerprint(file))
+            if alone:
+                self._remove_leftovers()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let other processes in."""
+        self._lock.close()
 
     def _refuse_other_files(self) -> None:
-        others = [f.name for f in self.path.iterdir() if not f.name.startswith(".tmp-")]
+        names = [file.name for file in self.path.iterdir()]
+        others = [name for name in names if name != LOCK and not name.startswith(TEMPORARY)]
         if others:
             raise ValueError(
                 f"work_dir: expected an empty folder or an earlier run in {self.path}, found "
                 f"{sorted(others)[0]!r}; name another folder"
             )
+
+    def _refuse_other_work(self, found: dict[str, str]) -> None:
+        differing = [key for key, value in self.expected.items() if found.get(key) != value]
+        if differing:
+            readable = [key for key in ("versions", "precision") if key in differing]
+            shown = "".join(
+                f" ({key} there: {found.get(key, 'unknown')}; here: {self.expected[key]})"
+                for key in readable
+            )
+            raise ValueError(
+                f"work_dir: expected the work of this call in {self.path}, found that of another "
+                f"{' and '.join(differing)}{shown}; repeat the call that began it, or name another "
+                "folder"
+            )
+
+    def _remove_leftovers(self) -> None:
+        """What killed runs were writing; nobody else is at work here."""
+        for file in self.path.glob(f"{TEMPORARY}*"):
+            if file.is_dir() and not file.is_symlink():
+                shutil.rmtree(file)
+            else:
+                file.unlink()
 
     def save_calibration(self, tensors: dict[str, Tensor], measured: Any) -> None:
         """Keep statistics by name, and what was measured (JSON)."""
@@ -152,28 +157,84 @@ class WorkDir:
 
     def _save(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         copies = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        _replace(self.path / name, lambda file: save_file(copies, file, metadata=metadata))
+        metadata = metadata | {DIGEST: self._digest(name, copies, metadata)}
+        self._replace(name, lambda file: save_file(copies, file, metadata=metadata))
 
     def _load(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-        if not (self.path / name).exists():
+        path = self.path / name
+        if not path.exists():
             return None
-        with safe_open(self.path / name, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+                metadata = file.metadata() or {}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(_damaged(path, str(error))) from error
+        if metadata.pop(DIGEST, None) != self._digest(name, tensors, metadata):
+            raise ValueError(_damaged(path, "its digest is not that of its contents and this run"))
+        return tensors, metadata
+
+    def _digest(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+        return digest([name, self.expected, tensors, metadata])
+
+    def _replace(self, name: str, write: Any) -> None:
+        """Let `write` fill a file that nobody else can name, then put it in its place."""
+        try:
+            with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=self.path) as folder:
+                file = Path(folder) / name
+                write(file)
+                _flush(file)
+                file.replace(self.path / name)
+            _flush(self.path)  # the renaming itself
+        except (SafetensorError, OSError) as error:
+            raise OSError(f"work_dir: cannot write {self.path / name}: {error}") from error
+
+
+def _lock(folder: Path) -> tuple[Any, bool]:
+    """Open lock file of a folder, and whether it keeps others out.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    file = os.fdopen(os.open(folder / LOCK, flags, 0o666), "r+b")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise ValueError(
+            f"work_dir: another process is at work in {folder}; wait for it, or name another folder"
+        ) from error
+    except OSError as error:
+        if error.errno in WITHOUT_LOCKS:
+            return file, False
+        file.close()
+        raise
+    return file, True
+
+
+def _read_fingerprint(file: Path) -> dict[str, str]:
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"work_dir: {file} is damaged ({error}), and with it goes what the folder belongs to; "
+            "name another folder"
+        ) from error
+    return found if isinstance(found, dict) else {}
+
+
+def _damaged(path: Path, reason: str) -> str:
+    return f"work_dir: {path} is damaged ({reason}); delete it, and its part is computed again"
 
 
 def _block_file(index: int) -> str:
     return f"block_{index:05d}.safetensors"
 
 
-def _replace(path: Path, write: Any) -> None:
-    """Let `write` fill a temporary file, then rename it to `path`."""
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    write(temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the rename itself
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)

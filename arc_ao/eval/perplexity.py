@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from arc_ao.eval.divergence import CHUNK_ELEMENTS, is_logits, kl_divergence, model_output
 from arc_ao.inference import evaluation_mode
+from arc_ao.text_models import require_causal
 
 MAX_WINDOW = 2048
 
@@ -67,8 +68,10 @@ def evaluate_text(
     progress: show a progress bar.
 
     Raises ValueError if `window`, `batch_size` or `max_tokens` is too small, the text has fewer
-    than 2 tokens, or a model returns no logits.
+    than 2 tokens, or a model is no causal language model: it returns no logits of its vocabulary
+    for every token, or sees the tokens after it.
     """
+    require_causal(model)
     window = _default_window(model) if window is None else window
     for name, value, least in (
         ("window", window, 2),
@@ -198,9 +201,16 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     # Offloaded parameters are on the meta device; the hooks that load them move the inputs.
     devices = (p.device for p in model.parameters() if p.device.type != "meta")
     output = model(ids.to(next(devices, torch.device("cpu"))))
+    name = type(model).__name__
     if not is_logits(output):
-        raise ValueError(f"{type(model).__name__}: expected a causal language model with logits")
-    return model_output(output)
+        raise ValueError(f"{name}: expected a causal language model with logits")
+    logits = model_output(output)
+    if logits.shape[:-1] != ids.shape or logits.shape[-1] <= ids.max():
+        raise ValueError(
+            f"{name}: expected logits of every token of a vocabulary, found shape "
+            f"{list(logits.shape)} for ids of shape {list(ids.shape)} up to {int(ids.max())}"
+        )
+    return logits
 
 
 def _exp(value: float) -> float:

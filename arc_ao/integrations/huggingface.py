@@ -8,27 +8,17 @@ method, and the hint in config.json.
 """
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
 from torchao.prototype.safetensors import safetensors_utils
 from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 from torchao.quantization import FqnToConfig
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    TorchAoConfig,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers import PreTrainedModel, TorchAoConfig
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -46,8 +36,17 @@ from arc_ao.integrations.checkpoint import (
     check_complete,
 )
 from arc_ao.integrations.gguf import find_gguf, load_gguf
+from arc_ao.integrations.model_files import (
+    auto_class,
+    check_weight_files,
+    has_own_code,
+    load_config,
+    load_tokenizer,
+    refuse_unfit,
+)
 from arc_ao.integrations.stored_config import config_from, described
 from arc_ao.loading import loading_config, pack_weights_
+from arc_ao.output_folder import new_folder, refuse_taken
 from arc_ao.summary import SUMMARY, arc_tensors
 from arc_ao.tensor import TRANSFORM_TENSORS, ARCTensor
 
@@ -210,37 +209,36 @@ def attach_quantizer(model: nn.Module) -> None:
 def save_pretrained(model: PreTrainedModel, directory: str | Path, tokenizer: Any = None) -> Path:
     """Save a quantized model, its summary and its tokenizer to a new directory.
 
-    Written to a temporary folder beside it and renamed, so that `directory` is complete or absent.
+    `directory` is complete or absent (output_folder.py).
 
     Raises:
-        FileExistsError: `directory` exists and is not empty. ValueError: nothing in the model is
-            quantized, or a tied output head is. TypeError: not a transformers model.
+        FileExistsError: `directory` exists and is not empty. OSError: it cannot be written.
+        ValueError: nothing in the model is quantized, or a tied output head is. TypeError: not a
+            transformers model.
     """
-    target = Path(directory)
-    check_output(target)
+    refuse_taken(directory)
+    with new_folder(directory) as folder:
+        write_files(model, folder, tokenizer)
+    return Path(directory)
+
+
+def write_files(model: PreTrainedModel, folder: Path, tokenizer: Any = None) -> None:
+    """What `save_pretrained` saves, into a folder that is there already; raises as it does."""
     if not arc_tensors(model):
         raise ValueError(
             "save_pretrained: expected a model quantized by arc_ao.quantize_, found no ARCTensor"
         )
     _check_saveable(model)
     attach_quantizer(model)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        model.save_pretrained(temporary)
-        summary = getattr(model, SUMMARY, None)
-        if summary is not None:
-            (temporary / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        temporary.chmod(0o755)
-        if target.is_dir():
-            target.rmdir()  # empty, see check_output
-        temporary.rename(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return target
+        model.save_pretrained(folder)
+    except SafetensorError as error:  # such as a full disk
+        raise OSError(f"{folder}: {error}") from error
+    summary = getattr(model, SUMMARY, None)
+    if summary is not None:
+        (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def _check_saveable(model: nn.Module) -> None:
@@ -258,16 +256,25 @@ def _check_saveable(model: nn.Module) -> None:
         )
 
 
-def load_model(directory: str | Path, dtype: Any = "auto") -> tuple[PreTrainedModel, Any]:
+def load_model(
+    directory: str | Path,
+    dtype: Any = "auto",
+    *,
+    trust_remote_code: bool = False,
+    with_tokenizer: bool = True,
+) -> tuple[PreTrainedModel, Any]:
     """Model of the architecture that config.json names, in evaluation mode, and its tokenizer.
 
     Args:
         directory: Hugging Face folder, GGUF file, or a folder with one (integrations/gguf.py).
         dtype: of the parameters; "auto" is that of the checkpoint, and bfloat16 for GGUF files.
+        trust_remote_code: run Python files of the folder that its config.json names.
+        with_tokenizer: whether a tokenizer is needed; without, None may take its place.
 
     Raises:
-        FileNotFoundError: neither config.json nor a GGUF file in `directory`. ValueError,
-            ImportError: see `load_gguf`.
+        FileNotFoundError: neither config.json nor a GGUF file in `directory`. ValueError: files
+            that are damaged, missing or of no kind that transformers knows (model_files.py).
+            ValueError, ImportError: see `load_gguf`.
     """
     gguf = find_gguf(Path(directory))
     if gguf is not None:
@@ -277,27 +284,20 @@ def load_model(directory: str | Path, dtype: Any = "auto") -> tuple[PreTrainedMo
             f"{directory}: expected a Hugging Face model directory, found no config.json "
             "and no GGUF file"
         )
-    config = AutoConfig.from_pretrained(directory)
+    config = load_config(directory, trust_remote_code)
+    tokenizer = load_tokenizer(directory, trust_remote_code) if with_tokenizer else None
+    check_weight_files(Path(directory))
+    auto = auto_class(config)
     architecture = (config.architectures or [""])[0]
-    model_class = getattr(transformers, architecture, auto_class(config))
-    model = model_class.from_pretrained(directory, dtype=dtype).eval()
-    return model, AutoTokenizer.from_pretrained(directory)
-
-
-def auto_class(config: PretrainedConfig) -> Any:
-    """By what a model is opened whose config.json names no class of transformers."""
-    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
-
-
-def check_output(directory: Path) -> None:
-    """Refuse an output that exists.
-
-    Raises:
-        FileExistsError: `directory` is a file or a folder that is not empty.
-    """
-    if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
-        raise FileExistsError(f"{directory} exists and is not empty; choose another output")
+    model_class = getattr(transformers, architecture, None)
+    if model_class is None or (trust_remote_code and has_own_code(config)):
+        model_class = auto
+    options = {"trust_remote_code": trust_remote_code} if model_class is auto else {}
+    model, info = model_class.from_pretrained(
+        directory, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **options
+    )
+    refuse_unfit(directory, info)
+    return model.eval(), tokenizer
 
 
 register()
