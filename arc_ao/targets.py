@@ -13,6 +13,7 @@ from torchao.utils import TorchAOBaseTensor
 
 from arc_ao.config import ARCConfig
 from arc_ao.formats.nvfp4 import BLOCK_SIZE
+from arc_ao.integrations.peft import adapter_modules
 
 SKIPPED_NAMES = {"lm_head", "embed_out", "gate", "router", "shared_expert_gate"}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -51,8 +52,12 @@ def collect_targets(
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding)
     }
+    adapters = adapter_modules(model)
     for name, module in model.named_modules():
         if not is_plain_linear(module):
+            continue
+        if module in adapters:
+            targets.skipped[name] = "an adapter, which trains in its own precision"
             continue
         layer_config = config_for(name, config)
         reason = _skip_reason(model, name, module, layer_config, config, filter_fn)
@@ -179,6 +184,8 @@ def _skip_reason(
 ) -> str | None:
     if layer_config is None:
         return "excluded by its config"
+    if not module.weight.numel():
+        return "it has no weights"
     if filter_fn is not None:
         return None if filter_fn(module, name) else "excluded by filter_fn"
     if isinstance(config, FqnToConfig) and _matching_key(name, config) is not None:

@@ -36,6 +36,7 @@ from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
 from arc_ao.integrations.gguf import find_gguf, load_gguf
 from arc_ao.loading import loading_config, pack_weights_
+from arc_ao.requantize import RequantizeConfig
 from arc_ao.summary import SUMMARY, arc_tensors
 from arc_ao.tensor import TRANSFORM_TENSORS, ARCTensor
 
@@ -57,6 +58,14 @@ class ArcHfConfig(TorchAoConfig):
         super().__init__(quant_type, **kwargs)
         self.quant_method = METHOD
 
+    def get_apply_tensor_subclass(self) -> AOBaseConfig:
+        """What torchao's `quantize_` is to do to a linear: of a model that is quantized already,
+        one whose weight was dequantized and changed, as PEFT does to merge an adapter."""
+        layers = getattr(self.quant_type, "fqn_to_config", {})
+        if any(getattr(c, "step", None) == "prepare_for_loading" for c in layers.values()):
+            return RequantizeConfig()
+        return super().get_apply_tensor_subclass()
+
     def to_dict(self) -> dict[str, Any]:
         """Dictionary for config.json, with a hint for readers that lack arc_ao."""
         return super().to_dict() | {"hint": HINT}
@@ -72,6 +81,11 @@ class ArcHfQuantizer(TorchAoHfQuantizer):
             return {}
         suffixes = (*ARCTensor.tensor_data_names, *ARCTensor.optional_tensor_data_names)
         return {"weight": [f"_weight_{suffix}" for suffix in suffixes]}
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters train on a quantized model; its weights are frozen."""
+        return True
 
     @property
     def quantized_element_size(self) -> float:
