@@ -41,7 +41,6 @@ from arc_ao.progress import Progress
 from arc_ao.quantized_linear import set_weight
 from arc_ao.summary import QuantizationSummary, model_bytes, summarize
 from arc_ao.targets import FilterFn, check_linear, collect_targets, is_ragged
-from arc_ao.tensor import ARCTensor
 
 NAME = "_arc_name"  # fully qualified name, on a linear while quantize_ runs
 

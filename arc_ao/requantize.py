@@ -28,7 +28,7 @@ class RequantizeConfig(AOBaseConfig):
 
 
 def requantize(values: Tensor) -> ARCTensor:
-    """Quantize what `ARCTensor.dequantize` returned, maybe changed in place since, as it was before.
+    """Quantize what `ARCTensor.dequantize` returned, and what was changed in it, as it was before.
 
     Raises:
         ValueError: a tensor that it did not return.

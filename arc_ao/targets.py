@@ -57,7 +57,7 @@ def collect_targets(
         if not is_plain_linear(module):
             continue
         if module in adapters:
-            targets.skipped[name] = "an adapter, which trains in its own precision"
+            targets.skipped[name] = "part of an adapter, kept in its own precision"
             continue
         layer_config = config_for(name, config)
         reason = _skip_reason(model, name, module, layer_config, config, filter_fn)

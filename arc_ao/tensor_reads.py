@@ -5,6 +5,7 @@ plain tensors. In place it may do what changes nothing, such as an average of eq
 other change would need a quantization and is refused.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -38,8 +39,11 @@ def _on_dequantized(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     def dense(weight: ARCTensor) -> Tensor:
         return weights.setdefault(id(weight), (weight, weight.decoded()))[1]
 
-    args, kwargs = tree_map_only(ARCTensor, dense, (args, kwargs))
-    result = func(*args, **kwargs)
+    inference = torch.is_inference_mode_enabled()
+    # PyTorch takes what a view returns for a view of the weight, which is no inference tensor.
+    with torch.inference_mode(False) if inference and func.is_view else nullcontext():
+        args, kwargs = tree_map_only(ARCTensor, dense, (args, kwargs))
+        result = func(*args, **kwargs)
     if func._schema.is_mutable:
         for weight, values in weights.values():
             refuse_change(weight, values, str(func))
@@ -56,8 +60,9 @@ def refuse_change(weight: ARCTensor, values: Tensor, name: str) -> None:
     before = weight.decoded()
     if values.dtype != before.dtype or not torch.equal(values, before):
         raise ValueError(
-            f"{name}: expected to leave {weight!r} as it is, found other values; a quantized weight "
-            "is frozen. Leave it out, or change weight.dequantize() and quantize again"
+            f"{name}: expected to leave {weight!r} as it is, found other values; a quantized "
+            "weight is frozen. Leave it out, or change weight.dequantize() and quantize it again; "
+            "merge adapters before a model is quantized, or attach them to the quantized one"
         )
 
 

@@ -1,11 +1,11 @@
-"""Gradients of quantized linears: those of the dequantized weight, rounding of x passed straight."""
+"""Gradients of quantized linears: those of the dequantized weight, rounding of x let through."""
 
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_tensor import BIAS, VARIANTS, K, N, inputs, linear, make_weight, quantized
+from test_tensor import VARIANTS, K, N, inputs, linear, make_weight, quantized
 from tiny_models import tiny_llama
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint

@@ -1,8 +1,8 @@
-"""Adapters in a model: they train, so they stay as they are."""
+"""Adapters in a model: they train, so they stay as they are; so do modules that they replace."""
 
 from torch import nn
 
-# Children that hold adapters, or the trained copies of a module: PEFT's, torchtune's, Diffusers'.
+# Children that hold adapters, or a module and its trained copies: PEFT's, torchtune's, Diffusers'.
 ADAPTER_NAMES = (
     "lora_A",
     "lora_B",
@@ -11,6 +11,7 @@ ADAPTER_NAMES = (
     "lora_down",
     "lora_up",
     "modules_to_save",
+    "original_module",
 )
 
 
