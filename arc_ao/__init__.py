@@ -2,6 +2,7 @@
 
 import arc_ao.quiet_import  # noqa: F401, I001  (before anything imports torchao)
 import arc_ao.tensor_ops  # noqa: F401  (registers them)
+import arc_ao.tensor_reads  # noqa: F401  (likewise)
 from arc_ao.calibration.data import calibrate
 from arc_ao.config import ARCConfig
 from arc_ao.config_budget import BudgetConfig

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from arc_ao.config import ARCConfig
 from arc_ao.formats.nvfp4 import BLOCK_SIZE
 from arc_ao.methods.prepare import branch_dtype
+from arc_ao.quantized_linear import set_weight
 from arc_ao.summary import arc_tensors
 from arc_ao.tensor import ARCTensor
 
@@ -103,7 +104,5 @@ def pack_weights_(model: nn.Module) -> nn.Module:
     """
     for name in arc_tensors(model):
         module = model.get_submodule(name)
-        tensor = module.weight.packed()
-        if tensor is not module.weight:
-            module.weight = nn.Parameter(tensor, requires_grad=False)
+        set_weight(module, module.weight.packed())
     return model

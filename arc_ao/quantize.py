@@ -44,9 +44,9 @@ from arc_ao.planning import (
     unreached,
 )
 from arc_ao.progress import Progress
+from arc_ao.quantized_linear import set_weight
 from arc_ao.summary import QuantizationSummary, model_bytes, summarize
 from arc_ao.targets import FilterFn, Targets, check_linear, collect_targets, unsuited
-from arc_ao.tensor import ARCTensor
 from arc_ao.trial_run import check_runs, try_out
 
 NAME = "_arc_name"  # fully qualified name, on a linear while quantize_ runs
@@ -123,9 +123,7 @@ def quantize_(
         sessions = [session for *_, session in resolved.values()]
         notes = {}
         if any(final.needs_hessian for final, *_ in resolved.values()):
-            notes = convert_blocks(
-                model, sessions, batches, _swap_weight, work=work, progress=stages
-            )
+            notes = convert_blocks(model, sessions, batches, set_weight, work=work, progress=stages)
         _convert_groups([(resolved[id(c)][0], modules) for c, modules in arc_groups], stages)
         tuned = None if tuning is None else tuning.run(model, work, stages)
     check_runs(model, example)
@@ -302,7 +300,7 @@ def _arc_transform(
     elif config.step == "convert":
         _convert(module, config)
     elif config.step == "prepare_for_loading":
-        _swap_weight(module, empty_tensor(module, config))
+        set_weight(module, empty_tensor(module, config))
     else:
         _quantize_uncalibrated(module, config)
     return module
@@ -351,7 +349,7 @@ def _convert(module: nn.Linear, config: ARCConfig) -> None:
     plan, rounding = session.plans.pop(name), session.roundings.pop(name, None)
     tensor = rounding.quantize(name, weight, plan) if rounding else quantize_weight(weight, plan)
     detach(module)
-    _swap_weight(module, tensor.packed())
+    set_weight(module, tensor.packed())
     release_memory()
 
 
@@ -366,21 +364,6 @@ def _quantize_uncalibrated(module: nn.Linear, config: ARCConfig) -> None:
     session = CalibrationSession(config)
     session.attach(_name_of(module), module)
     _convert(module, config)
-
-
-def _swap_weight(module: nn.Linear, tensor: ARCTensor) -> None:
-    module.weight = nn.Parameter(tensor, requires_grad=False)
-    module.extra_repr = _QuantizedRepr(module)
-
-
-class _QuantizedRepr:
-    """extra_repr of a quantized linear; unlike a closure it can be pickled with its module."""
-
-    def __init__(self, module: nn.Linear) -> None:
-        self.module = module
-
-    def __call__(self) -> str:
-        return f"{nn.Linear.extra_repr(self.module)}, weight={self.module.weight}"
 
 
 def _require_data(groups: list[tuple[AOBaseConfig, Any]], data: Iterable[Any] | None) -> None:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from arc_ao.config import ARCConfig
 from arc_ao.formats.nvfp4 import BLOCK_SIZE
+from arc_ao.integrations.peft import adapter_modules
 
 SKIPPED_NAMES = {"lm_head", "embed_out", "classifier", "score", "qa_outputs"}
 SKIPPED_NAMES |= {"gate", "router", "shared_expert_gate"}
@@ -67,8 +68,11 @@ def collect_targets(
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding)
     }
-    unusual: dict[str, str] = {}
+    adapters, unusual = adapter_modules(model), dict[str, str]()
     for name, module in linears_of(model).items():
+        if module in adapters:
+            targets.skipped[name] = "part of an adapter, kept in its own precision"
+            continue
         layer_config = config_for(name, config)
         reason = _skip_reason(name, module, heads, config, filter_fn)
         if reason:
@@ -288,6 +292,8 @@ def _skip_reason(
 ) -> str | None:
     if config_for(name, config) is None:
         return "excluded by its config"
+    if not module.weight.numel():
+        return "it has no weights"
     if filter_fn is not None:
         return None if filter_fn(module, name) else "excluded by filter_fn"
     if isinstance(config, FqnToConfig) and _matching_key(name, config) is not None:

@@ -2,34 +2,28 @@
 
 Stored is B = [ Q(w) | Q'(w[:, act_channels]) | Q(w - Q(w))[:, weight_blocks] ]; the columns that
 meet activation residuals (`act_blocks`) are read from Q(w) again. `F.linear(x, arc_tensor, bias)`
-is `arc::quant_augment` followed by `arc::nvfp4_gemm`. With an input transform both x and w are
-scaled and rotated before; with a low-rank branch, w is what `up down` leaves of the weight.
+is `arc::quant_augment` followed by `arc::nvfp4_gemm` (linear.py). With an input transform both x
+and w are scaled and rotated before; with a low-rank branch, w is what `up down` leaves of it.
 """
 
 import hashlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 from torchao.utils import TorchAOBaseTensor
 
 from arc_ao.config import block_scale_of
 from arc_ao.formats import nvfp4
+from arc_ao.linear import arc_linear
 from arc_ao.methods.rotation import rotate
-from arc_ao.ops import (
-    nvfp4_gemm,
-    nvfp4_weight_only_gemm,
-    project_down,
-    quant_augment,
-    transform_input,
-)
 from arc_ao.ops.backends import preferred_layout
 from arc_ao.ops.layout import (
     LAYOUTS,
     from_panels,
     from_swizzled,
-    scale_layout_for,
     to_panels,
     to_swizzled,
 )
@@ -49,8 +43,22 @@ TRANSFORM_TENSORS = ("input_scale", "rotation", "down")
 FLAT = "_flat"  # where an ARCTensor keeps what __tensor_flatten__ returned
 
 
+class Origin(NamedTuple):
+    """How a weight was quantized: all of an ARCTensor but its codes and block scales."""
+
+    tensors: dict[str, Tensor]
+    attributes: dict[str, Any]
+
+
+# What `dequantize` returned -> how it was quantized, for as long as it lives (requantize.py).
+ORIGINS = WeakTensorKeyDictionary()
+
+
 class ARCTensor(TorchAOBaseTensor):
     """Weight [N, K] in NVFP4 with augmented residual channels.
+
+    It is frozen: `requires_grad` stays False. F.linear multiplies by it as quantized, what loaders
+    and savers do keeps it quantized (tensor_ops.py), all else reads its values (tensor_reads.py).
 
     Tensors:
         qdata: uint8 [N, K_b/2], two codes a byte (see formats/nvfp4.py).
@@ -97,6 +105,15 @@ class ARCTensor(TorchAOBaseTensor):
 
     @staticmethod
     def __new__(
+        cls, qdata: Tensor, *others: Any, requires_grad: bool = False, **options: Any
+    ) -> "ARCTensor":
+        """From its inner tensors and attributes; or called as nn.Parameter is, with a weight."""
+        if isinstance(qdata, ARCTensor):
+            return qdata.detach()
+        return cls._wrap(qdata, *others, **options)
+
+    @classmethod
+    def _wrap(
         cls,
         qdata: Tensor,
         scale: Tensor,
@@ -259,6 +276,15 @@ class ARCTensor(TorchAOBaseTensor):
 
     def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:
         """Q(w) plus its stored residual and its low-rank branch, [N, K] for the original input."""
+        values = self.decoded(output_dtype)
+        if not torch.compiler.is_compiling():
+            names, attributes = self.__tensor_flatten__()
+            kept = {name: getattr(self, name) for name in names if name not in ("qdata", "scale")}
+            ORIGINS[values] = Origin(kept, attributes)
+        return values
+
+    def decoded(self, output_dtype: torch.dtype | None = None) -> Tensor:
+        """`dequantize`, for what is read and thrown away: nothing is remembered of the weight."""
         plain = self.to_layout("plain")
         values = nvfp4.decode(plain.qdata, plain.scale) * self.outer_scale
         base = values[:, : self.base_blocks * nvfp4.BLOCK_SIZE].clone()
@@ -337,62 +363,6 @@ def _(func, types, args, kwargs):
     if not isinstance(weight, ARCTensor):
         raise NotImplementedError("F.linear with an ARCTensor as input; only weights are quantized")
     return arc_linear(x, weight, bias)
-
-
-def arc_linear(x: Tensor, weight: ARCTensor, bias: Tensor | None = None) -> Tensor:
-    """x [*, K] times the augmented weight: [*, N] in x's dtype.
-
-    Raises:
-        ValueError: the last dimension of x is not in_features, naming both.
-    """
-    if x.shape[-1] != weight.in_features:
-        raise ValueError(
-            f"linear with an ARCTensor: x has {x.shape[-1]} channels, the weight has "
-            f"in_features {weight.in_features}"
-        )
-    source = x
-    if weight.input_scale is not None or weight.rotation is not None:
-        x = transform_input(x, weight.input_scale, weight.rotation, weight.input_plan)
-    if not weight.quantizes_input:
-        y = nvfp4_weight_only_gemm(
-            x,
-            weight.qdata,
-            weight.scale,
-            weight.outer_scale,
-            bias,
-            weight.weight_blocks,
-            weight.weight_layout,
-        )
-        return y.reshape(*x.shape[:-1], weight.shape[0])
-    a, a_scale, a_outer = quant_augment(
-        x,
-        weight.act_blocks,
-        weight.weight_blocks,
-        weight.act_outer_scale,
-        weight.activation_scale,
-        channel_order=weight.channel_order,
-        act_channels=weight.act_channels,
-        block_scale=weight.activation_block_scale,
-        plan=weight.input_plan,
-        scale_layout=scale_layout_for(weight.weight_layout),
-    )
-    y = nvfp4_gemm(
-        a,
-        a_scale,
-        a_outer,
-        weight.qdata,
-        weight.scale,
-        weight.outer_scale,
-        bias,
-        x.dtype,
-        act_blocks=weight.act_blocks,
-        base_blocks=weight.base_blocks,
-        b_layout=weight.weight_layout,
-    )
-    if weight.down is not None:
-        hidden = project_down(source, weight.down, weight.input_plan)  # [M, r]
-        y = torch.addmm(y, hidden, weight.up.to(x.dtype).t()).to(x.dtype)  # autocast
-    return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
 torch.serialization.add_safe_globals([ARCTensor])

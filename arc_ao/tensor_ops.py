@@ -5,6 +5,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from arc_ao.tensor import ARCTensor, aten, implements
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # that it stands for
 ROW_TENSORS = ("qdata", "scale", "up")  # one row per output
 
 
@@ -13,8 +14,8 @@ def _rebuilt(weight: ARCTensor, fn, dtype: torch.dtype | None = None) -> ARCTens
     (`orig_dtype`); the stored bytes do not depend on it."""
     names, attributes = weight.__tensor_flatten__()
     dtype = dtype or weight.orig_dtype
-    if not dtype.is_floating_point:
-        raise ValueError(f"ARCTensor stands for a floating point weight, cannot become {dtype}")
+    if dtype not in DTYPES:
+        raise ValueError(f"ARCTensor stands for a weight in one of {DTYPES}, cannot become {dtype}")
     tensors = {name: fn(getattr(weight, name)) for name in names}
     return ARCTensor.__tensor_unflatten__(tensors, attributes | {"orig_dtype": dtype}, None, None)
 
@@ -97,13 +98,19 @@ def _signature(weight: ARCTensor) -> tuple:
 
 @implements([aten.copy_.default])
 def _(func, types, args, kwargs):
-    """Bytes of a weight that was quantized alike, into the layout that is here.
+    """Bytes of a weight that was quantized alike, into the layout that is here; into a plain tensor
+    the values. From a plain tensor only those values that are here already.
 
     Raises:
-        ValueError: shapes, residual channels or settings that differ.
+        ValueError: shapes, residual channels, settings or values that differ.
     """
     target, source = args[:2]
-    if isinstance(source, ARCTensor):
+    if not isinstance(target, ARCTensor):
+        return func(target, source.decoded(target.dtype), *args[2:])
+    if not isinstance(source, ARCTensor):
+        if torch.equal(source.to(target), target.decoded()):
+            return target
+    else:
         source = source.to_layout(target.weight_layout)
     if not isinstance(source, ARCTensor) or _signature(target) != _signature(source):
         raise ValueError(

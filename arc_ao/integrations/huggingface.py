@@ -47,6 +47,7 @@ from arc_ao.integrations.model_files import (
 from arc_ao.integrations.stored_config import config_from, described
 from arc_ao.loading import loading_config, pack_weights_
 from arc_ao.output_folder import new_folder, refuse_taken
+from arc_ao.requantize import RequantizeConfig
 from arc_ao.summary import SUMMARY, arc_tensors
 from arc_ao.tensor import TRANSFORM_TENSORS, ARCTensor
 
@@ -68,6 +69,14 @@ class ArcHfConfig(TorchAoConfig):
         super().__init__(quant_type, **kwargs)
         self.quant_method = METHOD
         self._described: dict[str, Any] | None = None  # of quant_type, for config.json
+
+    def get_apply_tensor_subclass(self) -> AOBaseConfig:
+        """What torchao's `quantize_` is to do to a linear: of a model that is quantized already,
+        one whose weight was dequantized and changed, as PEFT does to merge an adapter."""
+        layers = getattr(self.quant_type, "fqn_to_config", {})
+        if any(getattr(c, "step", None) == "prepare_for_loading" for c in layers.values()):
+            return RequantizeConfig()
+        return super().get_apply_tensor_subclass()
 
     def to_dict(self) -> dict[str, Any]:
         """Dictionary for config.json, with a hint for readers that lack arc_ao. What a layer's
@@ -108,6 +117,11 @@ class ArcHfQuantizer(TorchAoHfQuantizer):
         if self.checkpoint is None:
             return {}
         return {"weight": [PREFIX + suffix for suffix in self.checkpoint.suffixes]}
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters train on a quantized model; its weights are frozen."""
+        return True
 
     @property
     def quantized_element_size(self) -> float:
