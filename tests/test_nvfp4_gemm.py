@@ -144,7 +144,7 @@ def test_schema_is_stable():
         ("a_scale", lambda t: t[:, 1:], r"a has 5 rows of 176 codes and 5 rows of 10 block scales"),
         ("b_scale", lambda t: t[1:], r"b has 19 rows of 128 codes and 18 rows of 8 block scales"),
         ("a_outer", lambda t: t[:2], r"a_outer must have shape \[1\] or \[5\], got \[2\]"),
-        ("bias", lambda _: torch.zeros(1), r"bias must have shape \[19\], got \[1\]"),
+        ("bias", lambda _: torch.zeros(1), r"bias must be bf16, fp16 or fp32 \[19\], got fp32 \[1\]"),
         ("base_blocks", lambda _: 0, r"base_blocks must be 1 to 8, .* got 0"),
         ("base_blocks", lambda _: 9, r"base_blocks must be 1 to 8, .* got 9"),
     ],
