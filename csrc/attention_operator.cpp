@@ -40,7 +40,7 @@ struct AttentionArguments {
 
   void check_inputs() const {
     for (const TensorRef* x : {&query, &key, &value}) {
-      x->check(bf16(), {kAnySize, kAnySize, kAnySize, kAnySize});
+      x->check({bf16()}, {kAnySize, kAnySize, kAnySize, kAnySize});
     }
     ARC_CHECK(key.size(0) == query.size(0) && value.size(0) == query.size(0) &&
               value.size(1) == key.size(1) && value.size(2) == key.size(2) &&
@@ -53,16 +53,16 @@ struct AttentionArguments {
   }
 
   void check_mask() const {
-    mask.check_floating();
     const std::vector<int64_t> sizes = padded_to_four(mask.sizes(), 1);
     const std::vector<int64_t> scores = {
         query.size(0), query.size(1), query.size(2), key.size(2)};
     bool fits = mask.dim() > 0 && sizes.size() == 4 && sizes[3] == scores[3];
     for (size_t i = 0; i < 3 && fits; ++i) fits = sizes[i] == 1 || sizes[i] == scores[i];
-    ARC_CHECK(fits && mask.dtype() != fp16() && !causal,
+    ARC_CHECK(fits && holds({bf16(), fp32()}, mask.dtype()) && !causal,
           std::string(kOp) + "attn_mask must be bf16 or fp32, broadcastable to " + text(scores) +
               " but for its last dimension, and alone, without is_causal; got " + mask.is() +
               (causal ? " and is_causal" : ""));
+    mask.check_memory();
   }
 
   Strided<const char> mask_rows() const {

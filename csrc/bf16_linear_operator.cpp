@@ -11,9 +11,9 @@ constexpr int64_t kColumnsAtOnce = 64;
 struct LinearArguments {
   explicit LinearArguments(Arguments from)
       : x(from.tensor("x")), weight(from.tensor("weight")), bias(from.optional_tensor("bias")) {
-    x.check(bf16(), {kAnySize, kAnySize});
-    weight.check(bf16(), {kAnySize, x.size(1)});
-    if (bias) bias.check(bf16(), {weight.size(0)});
+    x.check({bf16()}, {kAnySize, kAnySize});
+    weight.check({bf16()}, {kAnySize, x.size(1)});
+    if (bias) bias.check({bf16()}, {weight.size(0)});
     x = std::move(x).rows_contiguous(), weight = std::move(weight).rows_contiguous();
     make_contiguous(bias);
   }

@@ -8,7 +8,7 @@ namespace arc {
 
 // Of ids of any number, before they are made contiguous.
 inline void check_ids(const TensorRef& tensor) {
-  if (tensor) tensor.check(int32(), {kAnySize});
+  if (tensor) tensor.check({int32()}, {kAnySize});
 }
 
 // Ids from 0 to limit - 1; none where there is no tensor.

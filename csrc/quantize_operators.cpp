@@ -75,8 +75,8 @@ struct AugmentationArguments {
 
   void check_tensors(int64_t channels) const {
     for (const TensorRef* ids : {&act_blocks, &weight_blocks, &act_channels}) check_ids(*ids);
-    if (channel_order) channel_order.check(int32(), {channels});
-    if (outer_scale) outer_scale.check(fp32(), {1});
+    if (channel_order) channel_order.check({int32()}, {channels});
+    if (outer_scale) outer_scale.check({fp32()}, {1});
     ARC_CHECK(!act_channels || act_channels.size(0) % kBlock == 0,
           prefix() + "act_channels must hold a multiple of 16 channels, got " +
               std::to_string(act_channels.size(0)));
@@ -95,7 +95,8 @@ struct Matrix {
 };
 
 Matrix matrix_of(const TensorRef& x) {
-  x.check_floating();
+  ARC_CHECK(is_floating(x.dtype()), x.what() + " must be bf16, fp16 or fp32, got " + x.is());
+  x.check_memory();
   ARC_CHECK(x.dim() > 0, x.what() + " must have at least one dimension [*, K], got a scalar");
   const Extents sizes = x.sizes();
   const int64_t channels = sizes[sizes.count - 1];
@@ -112,7 +113,7 @@ void check_same(const TensorRef& x, const TensorRef& other) {
   ARC_CHECK(x.dtype() == other.dtype() && x.sizes().vector() == other.sizes().vector(),
         other.what() + " must have the shape and dtype of the first input, " + x.is() + ", got " +
             other.is());
-  other.check_floating();
+  other.check_memory();
 }
 
 // Codes and scales of `rows` rows of `blocks` blocks.
@@ -174,7 +175,7 @@ float inverse_rms(const float* x, int64_t channels, float eps) {
 // Of x [*, K] and its norm's weight [K].
 Matrix check_norm(const TensorRef& x, const TensorRef& weight) {
   const Matrix matrix = matrix_of(x);
-  weight.check(x.dtype(), {matrix.channels});
+  weight.check({x.dtype()}, {matrix.channels});
   return matrix;
 }
 

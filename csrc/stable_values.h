@@ -4,6 +4,7 @@
 // back every reference. Then it checks what each of them is, and only then reads memory.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 #include <initializer_list>
 #include <memory>
@@ -66,9 +67,24 @@ inline std::string dtype_text(int32_t dtype) {
   return "dtype number " + std::to_string(dtype);  // of torch's ScalarType
 }
 
-inline bool is_floating(int32_t dtype) {
-  return dtype == bf16() || dtype == fp16() || dtype == fp32();
+using Dtypes = std::initializer_list<int32_t>;
+
+inline bool holds(Dtypes dtypes, int32_t dtype) {
+  return std::find(dtypes.begin(), dtypes.end(), dtype) != dtypes.end();
 }
+
+// Such as "bf16, fp16 or fp32".
+inline std::string names_of(Dtypes dtypes) {
+  std::string out;
+  size_t left = dtypes.size();
+  for (const int32_t dtype : dtypes) {
+    --left;
+    out += dtype_text(dtype) + (left > 1 ? ", " : left == 1 ? " or " : "");
+  }
+  return out;
+}
+
+inline bool is_floating(int32_t dtype) { return holds({bf16(), fp16(), fp32()}, dtype); }
 
 // Of what is_floating.
 inline DType dtype_of(int32_t dtype) {
@@ -114,8 +130,8 @@ class TensorRef {
 
   static TensorRef empty(const std::vector<int64_t>& sizes, int32_t dtype) {
     std::vector<int64_t> strides(sizes.size(), 1);
-    for (size_t i = sizes.size(); i-- > 1;) {
-      strides[i - 1] = strides[i] * std::max<int64_t>(1, sizes[i]);
+    for (int64_t i = int64_t(sizes.size()) - 2; i >= 0; --i) {
+      strides[i] = strides[i + 1] * std::max<int64_t>(1, sizes[i + 1]);
     }
     return empty_strided(sizes, strides, dtype);
   }
@@ -131,22 +147,32 @@ class TensorRef {
     return TensorRef(handle, "arc", "output");
   }
 
-  // Refuses another dtype or other sizes (kAnySize fits all), and what check_memory refuses.
-  void check(int32_t dtype, std::initializer_list<int64_t> sizes) const {
+  // Refuses other dtypes or sizes (kAnySize fits all), and what check_memory refuses.
+  void check(Dtypes dtypes, std::initializer_list<int64_t> sizes) const {
     const Extents found = this->sizes();
-    bool fits = this->dtype() == dtype && found.count == int64_t(sizes.size());
+    bool fits = holds(dtypes, dtype()) && found.count == int64_t(sizes.size());
     const int64_t* expected = sizes.begin();
     for (int64_t i = 0; fits && i < found.count; ++i) {
       fits = expected[i] == kAnySize || expected[i] == found[i];
     }
-    ARC_CHECK(fits, what() + " must be " + dtype_text(dtype) + " " + text(sizes) + ", got " + is());
+    ARC_CHECK(fits, what() + " must be " + names_of(dtypes) + " " + text(sizes) +
+                        ", got " + is());
     check_memory();
   }
 
-  // The same of a tensor of bf16, fp16 or fp32 of any rank.
-  void check_floating() const {
-    ARC_CHECK(is_floating(dtype()), what() + " must be bf16, fp16 or fp32, got " + is());
-    check_memory();
+  // Refuses what does not lie, by strides, in memory of this processor that is there.
+  void check_memory() const {
+    int32_t layout = -1, device = -1;
+    check_call(aoti_torch_get_layout(handle_, &layout), "a tensor's layout");
+    check_call(aoti_torch_get_device_type(handle_, &device), "a tensor's device");
+    ARC_CHECK(layout == aoti_torch_layout_strided() && device == aoti_torch_device_type_cpu(),
+              what() + " must be a dense tensor on the CPU, got layout number " +
+                  std::to_string(layout) + " on device type " + std::to_string(device));
+    int64_t bytes = 0;
+    check_call(aoti_torch_get_storage_size(handle_, &bytes), "a tensor's storage");
+    ARC_CHECK(end() * item_size() <= bytes,
+              what() + " is " + is() + ", but only " + std::to_string(bytes) +
+                  " bytes of memory are behind it");
   }
 
   // The same values with standard strides; most tensors have them already.
@@ -218,21 +244,6 @@ class TensorRef {
   AtenTensorHandle release() { return std::exchange(handle_, nullptr); }
 
  private:
-  // Refuses what does not lie, by strides, in memory of this processor that is there.
-  void check_memory() const {
-    int32_t layout = -1, device = -1;
-    check_call(aoti_torch_get_layout(handle_, &layout), "a tensor's layout");
-    check_call(aoti_torch_get_device_type(handle_, &device), "a tensor's device");
-    ARC_CHECK(layout == aoti_torch_layout_strided() && device == aoti_torch_device_type_cpu(),
-              what() + " must be a dense tensor on the CPU, got layout number " +
-                  std::to_string(layout) + " on device type " + std::to_string(device));
-    int64_t bytes = 0;
-    check_call(aoti_torch_get_storage_size(handle_, &bytes), "a tensor's storage");
-    ARC_CHECK(end() * item_size() <= bytes,
-              what() + " is " + is() + ", but only " + std::to_string(bytes) +
-                  " bytes of memory are behind it");
-  }
-
   // Of the storage, in elements: behind the last one that belongs to the tensor.
   int64_t end() const {
     if (numel() == 0) return 0;

@@ -16,7 +16,7 @@ void check_values(const TensorRef& values, const std::string& op) {
       values.size(1) % kBlock == 0;
   ARC_CHECK(fits, op + ": values must be fp32 [N, K] with K a positive multiple of 16, got " +
                       values.is());
-  values.check(fp32(), {kAnySize, kAnySize});
+  values.check({fp32()}, {kAnySize, kAnySize});
 }
 
 struct EncodeArguments {
@@ -24,7 +24,7 @@ struct EncodeArguments {
       : values(from.tensor("values")), scale(from.tensor("scale")) {
     check_values(values, from.op);
     rows = values.size(0), blocks = values.size(1) / kBlock;
-    scale.check(uint8(), {rows, blocks});
+    scale.check({uint8()}, {rows, blocks});
     make_contiguous(values, scale);
   }
 
@@ -51,14 +51,14 @@ struct RoundArguments {
         scale(from.tensor("scale")),
         fine(from.optional_tensor("fine")),
         outputs(from.optional_tensor("outputs")) {
-    values.check(fp32(), {kAnySize, kAnySize});
+    values.check({fp32()}, {kAnySize, kAnySize});
     columns = values.size(0), rows = values.size(1);
     tiles = rows / kTileWeightRows + (rows % kTileWeightRows != 0);
-    feedback.check(fp32(), {columns, rows});
-    lower.check(fp32(), {columns, columns});
-    scale.check(fp32(), {columns, rows});
-    if (fine) fine.check(fp32(), {columns, rows});
-    if (outputs) outputs.check(fp32(), {tiles, kTileWeightRows, kTileWeightRows});
+    feedback.check({fp32()}, {columns, rows});
+    lower.check({fp32()}, {columns, columns});
+    scale.check({fp32()}, {columns, rows});
+    if (fine) fine.check({fp32()}, {columns, rows});
+    if (outputs) outputs.check({fp32()}, {tiles, kTileWeightRows, kTileWeightRows});
     make_contiguous(values, feedback, lower, scale, fine, outputs);
   }
 
@@ -74,7 +74,7 @@ void search_block_scales_boxed(StableIValue* stack, uint64_t, uint64_t) {
   TensorRef importance = arguments.optional_tensor("importance");
   check_values(values, arguments.op);
   const int64_t rows = values.size(0), channels = values.size(1), blocks = channels / kBlock;
-  if (importance) importance.check(fp32(), {channels});
+  if (importance) importance.check({fp32()}, {channels});
   make_contiguous(values, importance);
   TensorRef scale = empty_bytes(rows, blocks);
   const float* x = values.data<float>();

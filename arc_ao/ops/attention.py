@@ -44,7 +44,7 @@ def attention_eager(
     """
     _check(query, key, value, attn_mask, is_causal, scale)
     if attn_mask is not None:
-        attn_mask = attn_mask.to(query.dtype)
+        attn_mask = attn_mask.to(query.dtype)[(None,) * (4 - attn_mask.dim())]
     y = scaled_dot_product_attention(
         query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=True
     )
