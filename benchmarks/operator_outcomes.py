@@ -27,7 +27,8 @@ MODULES = {
     "project_down": "input_transform",
 }
 # Refusals that depend on more than what tracing knows: numbers, and memory.
-BY_VALUE, BY_MEMORY = (" holds ",), ("bytes of memory", "contiguous copy", "allocate", "bad_alloc")
+BY_VALUE = (" holds ",)
+BY_MEMORY = ("bytes of memory", "contiguous copy", "allocate", "bad_alloc", "for storage of size")
 
 
 class Outcome(NamedTuple):

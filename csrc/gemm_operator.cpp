@@ -48,7 +48,9 @@ struct GemmArguments {
     layout = layout_text.text();
     ARC_CHECK(layout == "plain" || layout == "panels" || layout == "swizzled",
           "nvfp4_gemm: b_layout must be 'plain', 'panels' or 'swizzled', got '" + layout + "'");
-    for (const TensorRef* x : {&a, &a_scale, &b, &b_scale}) x->check({uint8()}, {kAnySize, kAnySize});
+    for (const TensorRef* x : {&a, &a_scale, &b, &b_scale}) {
+      x->check({uint8()}, {kAnySize, kAnySize});
+    }
     check_ids(act_blocks);
     if (layout == "swizzled") check_swizzled();
     else check_blocks();
@@ -93,7 +95,7 @@ struct GemmArguments {
     a_outer.check({fp32()}, {kAnySize});
     ARC_CHECK(a_outer.size(0) == 1 || a_outer.size(0) == rows,
           "nvfp4_gemm: a_outer must have shape [1] or [" + std::to_string(rows) + "], got " +
-              text(a_outer.sizes().vector()));
+              a_outer.is());
     b_outer.check({fp32()}, {1});
     if (bias) bias.check({bf16(), fp16(), fp32()}, {b.size(0)});
     ARC_CHECK(is_floating(out_dtype), "nvfp4_gemm: out_dtype must be bf16, fp16 or fp32, got " +

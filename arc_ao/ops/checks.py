@@ -90,14 +90,15 @@ def check_ids(
     if ids is None:
         return
     check_tensor(op, name, ids, IDS, (count,), device)
-    if ids.device.type != "cpu" or is_fake(ids) or not ids.numel():
+    if not has_values(ids):
         return
     for found in (int(ids.min()), int(ids.max())):
         check(0 <= found < limit, f"{op}: {name} holds {found}, expected 0 to {limit - 1}")
 
 
 def check_memory(op: str, name: str, tensor: Tensor, device: torch.device) -> None:
-    """Refuse sparse, nested and opaque tensors, and those on another device."""
+    """Refuse sparse, nested and opaque tensors, those on another device, and those whose storage
+    was freed or made smaller: PyTorch's own operators, too, would read behind it."""
     check(
         tensor.layout is torch.strided and not tensor.is_nested,
         lambda: (
@@ -109,6 +110,26 @@ def check_memory(op: str, name: str, tensor: Tensor, device: torch.device) -> No
         tensor.device == device,
         lambda: f"{op}: {name} is on {tensor.device}, expected {device}",
     )
+    if has_values(tensor):
+        held = tensor.untyped_storage().nbytes()
+        check(
+            end_of(tensor) * tensor.itemsize <= held,
+            lambda: (
+                f"{op}: {name} is {described(tensor)}, but only {held} bytes of memory are behind "
+                "it"
+            ),
+        )
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether there are values that can be looked at without waiting for a device."""
+    return tensor.device.type == "cpu" and not is_fake(tensor) and tensor.numel() > 0
+
+
+def end_of(tensor: Tensor) -> int:
+    """Place in its storage behind the last value of a tensor, in elements."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.storage_offset() + sum((size - 1) * stride for size, stride in steps) + 1
 
 
 def names(dtypes: Dtypes) -> str:

@@ -79,6 +79,7 @@ def quant_augment_eager(
         scaled = rows[some].float()
         if channel_order is not None:
             scaled = scaled.index_select(1, channel_order)
+        scaled = nvfp4.to_blocks(scaled).flatten(1)  # padded first: -0 under a negative scale
         scaled = scaled * (inverse[some] if scale_mode == "token" else inverse)
         parts = _parts(scaled, act_blocks, weight_blocks, act_channels, block_scale)
         qdata[some] = nvfp4.pack(torch.cat([part.codes for part in parts], dim=1).flatten(1))
