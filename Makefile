@@ -63,6 +63,7 @@ sanitize: $(VENV)/.stamp-test  ## native kernels with address and undefined-beha
 		ASAN_OPTIONS=detect_leaks=0 ARC_AO_LIBRARY=$(SANITIZED) $(TEST_ENV) \
 		$(BIN)/python -m pytest tests/test_native_cpu.py tests/test_swizzled.py tests/test_attention.py \
 		tests/test_bf16_linear.py tests/test_block_operators.py tests/test_round_columns.py \
+		tests/test_scale_bits.py \
 		-q --capture=sys -p no:cacheprovider \
 		-k "not compiled and not fake and not opcheck" $(PYTEST_ARGS)
 

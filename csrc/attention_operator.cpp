@@ -1,4 +1,6 @@
 // arc::attention on CPUs.
+#include <cmath>
+
 #include "cpu/attention.h"
 #include "operators.h"
 
@@ -8,62 +10,63 @@ namespace {
 constexpr const char* kOp = "attention: ";
 
 // Four sizes, those that are missing in front being 1.
-std::vector<int64_t> padded_to_four(std::vector<int64_t> values, int64_t with) {
+std::vector<int64_t> padded_to_four(const Extents& from, int64_t with) {
+  std::vector<int64_t> values = from.vector();
   values.insert(values.begin(), size_t(std::max<int64_t>(0, 4 - int64_t(values.size()))), with);
   return values;
 }
 
 template <typename T>
 Strided<T> strided(const TensorRef& x) {
-  const std::vector<int64_t> strides = x.strides();
+  const Extents strides = x.strides();
   return {x.data<T>(), strides[0], strides[1], strides[2]};
 }
 
 struct AttentionArguments {
   explicit AttentionArguments(Arguments from)
-      : query(from.strided_tensor()),
-        key(from.strided_tensor()),
-        value(from.strided_tensor()),
-        mask(from.optional_strided_tensor()),
+      : query(from.tensor("query")),
+        key(from.tensor("key")),
+        value(from.tensor("value")),
+        mask(from.optional_tensor("attn_mask")),
         causal(from.scalar<bool>()),
-        scale(from.scalar<double>()) {
+        scale(float(from.scalar<double>())) {
     check_inputs();
     if (mask) check_mask();
+    ARC_CHECK(std::isfinite(scale), std::string(kOp) + "scale must be finite, also in fp32, got " +
+                                        std::to_string(scale));
+    for (TensorRef* x : {&query, &key, &value}) *x = std::move(*x).rows_contiguous();
+    if (mask) mask = std::move(mask).rows_contiguous();
   }
 
   void check_inputs() const {
     for (const TensorRef* x : {&query, &key, &value}) {
-      ARC_CHECK(x->dim() == 4 && x->dtype() == aoti_torch_dtype_bfloat16(),
-            std::string(kOp) + "query, key and value must be bf16 of four dimensions, got " +
-                text(x->sizes()));
+      x->check({bf16()}, {kAnySize, kAnySize, kAnySize, kAnySize});
     }
     ARC_CHECK(key.size(0) == query.size(0) && value.size(0) == query.size(0) &&
               value.size(1) == key.size(1) && value.size(2) == key.size(2) &&
               key.size(3) == query.size(3),
           std::string(kOp) + "expected query [B, H, T, D], key [B, Hk, L, D], value [B, Hk, L, Dv]"
-              ", got " + text(query.sizes()) + ", " + text(key.sizes()) + ", " +
-              text(value.sizes()));
+              ", got " + query.is() + ", " + key.is() + ", " + value.is());
     ARC_CHECK(key.size(1) > 0 && query.size(1) % key.size(1) == 0 && query.size(3) % 2 == 0,
           std::string(kOp) + "query heads must be a multiple of key heads and D even, got " +
-              text(query.sizes()) + " and " + text(key.sizes()));
+              query.is() + " and " + key.is());
   }
 
   void check_mask() const {
     const std::vector<int64_t> sizes = padded_to_four(mask.sizes(), 1);
     const std::vector<int64_t> scores = {
         query.size(0), query.size(1), query.size(2), key.size(2)};
-    bool fits = sizes.size() == 4 && sizes[3] == scores[3];
+    bool fits = mask.dim() > 0 && sizes.size() == 4 && sizes[3] == scores[3];
     for (size_t i = 0; i < 3 && fits; ++i) fits = sizes[i] == 1 || sizes[i] == scores[i];
-    const bool known = mask.dtype() == aoti_torch_dtype_bfloat16() ||
-        mask.dtype() == aoti_torch_dtype_float32();
-    ARC_CHECK(fits && known && !causal,
+    ARC_CHECK(fits && holds({bf16(), fp32()}, mask.dtype()) && !causal,
           std::string(kOp) + "attn_mask must be bf16 or fp32, broadcastable to " + text(scores) +
-              " but for its last dimension, and alone, without is_causal; got " +
-              text(mask.sizes()) + (causal ? " and is_causal" : ""));
+              " but for its last dimension, and alone, without is_causal; got " + mask.is() +
+              (causal ? " and is_causal" : ""));
+    mask.check_memory();
   }
 
   Strided<const char> mask_rows() const {
-    const int64_t size = size_of(dtype_of(mask.dtype(), "attention: attn_mask"));
+    const int64_t size = size_of(dtype_of(mask.dtype()));
     const std::vector<int64_t> sizes = padded_to_four(mask.sizes(), 1);
     const std::vector<int64_t> strides = padded_to_four(mask.strides(), 0);
     const auto step = [&](size_t i) { return sizes[i] == 1 ? 0 : strides[i] * size; };
@@ -79,9 +82,9 @@ struct AttentionArguments {
     a.value = strided<const uint16_t>(value), a.y = strided<uint16_t>(y);
     if (mask) {
       a.mask = mask_rows();
-      a.mask_dtype = dtype_of(mask.dtype(), "attention: attn_mask");
+      a.mask_dtype = dtype_of(mask.dtype());
     }
-    a.causal = causal, a.scale = float(scale);
+    a.causal = causal, a.scale = scale;
     return a;
   }
 
@@ -93,17 +96,17 @@ struct AttentionArguments {
         {queries * heads * channels, channels, heads * channels, 1}, query.dtype());
   }
 
-  const TensorRef query, key, value, mask;
+  TensorRef query, key, value, mask;
   const bool causal;
-  const double scale;
+  const float scale;
 };
 
 }  // namespace
 
 void attention_boxed(StableIValue* stack, uint64_t, uint64_t) {
-  const AttentionArguments arguments{Arguments(stack)};
+  const AttentionArguments arguments{Arguments("attention", stack)};
   TensorRef y = arguments.result();
-  attention(arguments.attention(y));
+  if (y.numel() > 0) attention(arguments.attention(y));
   stack[0] = as_value(y.release());
 }
 

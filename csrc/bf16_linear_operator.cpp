@@ -10,15 +10,12 @@ constexpr int64_t kColumnsAtOnce = 64;
 
 struct LinearArguments {
   explicit LinearArguments(Arguments from)
-      : x(from.strided_tensor()), weight(from.strided_tensor()), bias(from.optional_tensor()) {
-    const int32_t bf16 = aoti_torch_dtype_bfloat16();
-    ARC_CHECK(x.dim() == 2 && weight.dim() == 2 && x.dtype() == bf16 && weight.dtype() == bf16 &&
-              x.size(1) == weight.size(1),
-          "bf16_linear: expected x [M, K] and weight [N, K], both bf16, got " + text(x.sizes()) +
-              " and " + text(weight.sizes()));
-    ARC_CHECK(!bias || (bias.dtype() == bf16 && bias.sizes() == std::vector<int64_t>{weight.size(0)}),
-          "bf16_linear: bias must be bf16 [" + std::to_string(weight.size(0)) + "], got " +
-              (bias ? text(bias.sizes()) : ""));
+      : x(from.tensor("x")), weight(from.tensor("weight")), bias(from.optional_tensor("bias")) {
+    x.check({bf16()}, {kAnySize, kAnySize});
+    weight.check({bf16()}, {kAnySize, x.size(1)});
+    if (bias) bias.check({bf16()}, {weight.size(0)});
+    x = std::move(x).rows_contiguous(), weight = std::move(weight).rows_contiguous();
+    make_contiguous(bias);
   }
 
   LinearRows product(const TensorRef& y) const {
@@ -31,13 +28,13 @@ struct LinearArguments {
     return p;
   }
 
-  const TensorRef x, weight, bias;
+  TensorRef x, weight, bias;
 };
 
 }  // namespace
 
 void bf16_linear_boxed(StableIValue* stack, uint64_t, uint64_t) {
-  const LinearArguments arguments{Arguments(stack)};
+  const LinearArguments arguments{Arguments("bf16_linear", stack)};
   TensorRef y = TensorRef::empty(
       {arguments.x.size(0), arguments.weight.size(0)}, arguments.x.dtype());
   const LinearRows all = arguments.product(y);

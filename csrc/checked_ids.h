@@ -6,22 +6,25 @@
 
 namespace arc {
 
-// int32 ids from 0 to limit - 1; none where there is no tensor.
-inline Ids ids_of(const TensorRef& tensor, const char* op, const char* name, int64_t limit) {
+// Of ids of any number, before they are made contiguous.
+inline void check_ids(const TensorRef& tensor) {
+  if (tensor) tensor.check({int32()}, {kAnySize});
+}
+
+// Ids from 0 to limit - 1; none where there is no tensor.
+inline Ids ids_of(const TensorRef& tensor, int64_t limit) {
   if (!tensor) return {};
-  ARC_CHECK(tensor.dtype() == aoti_torch_dtype_int32() && tensor.dim() == 1,
-        std::string(op) + ": " + name + " must be int32 with one dimension");
   Ids ids{tensor.data<int32_t>(), tensor.numel()};
   for (int64_t i = 0; i < ids.size; ++i) {
     ARC_CHECK(ids.data[i] >= 0 && ids.data[i] < limit,
-          std::string(op) + ": " + name + " holds " + std::to_string(ids.data[i]) +
-              ", expected 0 to " + std::to_string(limit - 1));
+          tensor.what() + " holds " + std::to_string(ids.data[i]) + ", expected 0 to " +
+              std::to_string(limit - 1));
   }
   return ids;
 }
 
 inline TensorRef empty_bytes(int64_t rows, int64_t columns) {
-  return TensorRef::empty({rows, columns}, aoti_torch_dtype_uint8());
+  return TensorRef::empty({rows, columns}, uint8());
 }
 
 }  // namespace arc

@@ -12,63 +12,81 @@ namespace {
 
 // Tensors behind an Augmentation, and the Augmentation.
 struct AugmentationArguments {
-  AugmentationArguments(Arguments& from)
-      : act_blocks(from.tensor()),
-        weight_blocks(from.tensor()),
-        outer_scale(from.optional_tensor()),
-        scale_mode(from.string()),
-        channel_order(from.optional_tensor()),
-        act_channels(from.optional_tensor()),
-        block_scale(from.string()) {
-    from.string();  // plan: for graph passes alone
-    scale_layout = from.string();
-  }
+  explicit AugmentationArguments(Arguments& from) noexcept
+      : op(from.op),
+        act_blocks(from.tensor("act_blocks")),
+        weight_blocks(from.tensor("weight_blocks")),
+        outer_scale(from.optional_tensor("outer_scale")),
+        scale_mode_text(from.string()),
+        channel_order(from.optional_tensor("channel_order")),
+        act_channels(from.optional_tensor("act_channels")),
+        block_scale_text(from.string()),
+        plan(from.string()),
+        scale_layout_text(from.string()) {}
 
-  Augmentation resolve(const char* op, int64_t channels) const {
+  // Of rows of `channels` channels.
+  Augmentation resolve(int64_t channels) {
     Augmentation how;
     how.channels = channels;
+    how.mode = mode();
+    how.block_scale = block_scale();
+    check_tensors(channels);
+    make_contiguous(act_blocks, weight_blocks, outer_scale, channel_order, act_channels);
     const int64_t blocks = how.base_blocks();
-    how.act_blocks = ids_of(act_blocks, op, "act_blocks", blocks);
-    how.weight_blocks = ids_of(weight_blocks, op, "weight_blocks", blocks);
-    how.channel_order = ids_of(channel_order, op, "channel_order", channels);
-    how.act_channels = ids_of(act_channels, op, "act_channels", blocks * kBlock);
-    const std::string prefix = std::string(op) + ": ";
-    ARC_CHECK(block_scale == "amax" || block_scale == "four_over_six" || block_scale == "mse",
-          prefix + "block_scale must be one of ('amax', 'four_over_six', 'mse'), got '" +
-              block_scale + "'");
-    how.block_scale = block_scale == "amax"            ? BlockScale::kAmax
-                      : block_scale == "four_over_six" ? BlockScale::kFourOverSix
-                                                       : BlockScale::kMse;
-    ARC_CHECK(scale_mode == "token" || scale_mode == "tensor" || scale_mode == "static",
-          prefix + "scale_mode must be one of ('token', 'tensor', 'static'), got '" + scale_mode +
-              "'");
-    how.mode = scale_mode == "token"    ? ScaleMode::kToken
-               : scale_mode == "tensor" ? ScaleMode::kTensor
-                                        : ScaleMode::kStatic;
-    ARC_CHECK(scale_layout == "plain" || scale_layout == "swizzled",
-          prefix + "scale_layout must be one of ('plain', 'swizzled'), got '" + scale_layout + "'");
-    ARC_CHECK((how.mode == ScaleMode::kStatic) == bool(outer_scale),
-          prefix + "outer_scale belongs to scale_mode 'static' and only to it, got scale_mode '" +
-              scale_mode + "' " + (outer_scale ? "with" : "without") + " outer_scale");
-    if (outer_scale) {
-      ARC_CHECK(outer_scale.dtype() == aoti_torch_dtype_float32() &&
-                outer_scale.sizes() == std::vector<int64_t>{1},
-            prefix + "outer_scale must be fp32 [1], got " + text(outer_scale.sizes()));
-      how.outer_scale = outer_scale.data<float>();
-    }
-    ARC_CHECK(!channel_order || how.channel_order.size == channels,
-          prefix + "channel_order must have " + std::to_string(channels) + " entries, got " +
-              std::to_string(how.channel_order.size));
-    ARC_CHECK(how.act_channels.size % kBlock == 0,
-          prefix + "act_channels must hold a multiple of 16 channels, got " +
-              std::to_string(how.act_channels.size));
+    how.act_blocks = ids_of(act_blocks, blocks);
+    how.weight_blocks = ids_of(weight_blocks, blocks);
+    how.channel_order = ids_of(channel_order, channels);
+    how.act_channels = ids_of(act_channels, blocks * kBlock);
+    if (outer_scale) how.outer_scale = outer_scale.data<float>();
     return how;
   }
 
+  bool swizzled() const {
+    const std::string layout = scale_layout_text.text();
+    ARC_CHECK(layout == "plain" || layout == "swizzled",
+          prefix() + "scale_layout must be one of ('plain', 'swizzled'), got '" + layout + "'");
+    return layout == "swizzled";
+  }
+
+ private:
+  std::string prefix() const { return std::string(op) + ": "; }
+
+  ScaleMode mode() const {
+    const std::string mode = scale_mode_text.text();
+    ARC_CHECK(mode == "token" || mode == "tensor" || mode == "static",
+          prefix() + "scale_mode must be one of ('token', 'tensor', 'static'), got '" + mode + "'");
+    ARC_CHECK((mode == "static") == bool(outer_scale),
+          prefix() + "outer_scale belongs to scale_mode 'static' and only to it, got scale_mode '" +
+              mode + "' " + (outer_scale ? "with" : "without") + " outer_scale");
+    return mode == "token"    ? ScaleMode::kToken
+           : mode == "tensor" ? ScaleMode::kTensor
+                              : ScaleMode::kStatic;
+  }
+
+  BlockScale block_scale() const {
+    const std::string method = block_scale_text.text();
+    ARC_CHECK(method == "amax" || method == "four_over_six" || method == "mse",
+          prefix() + "block_scale must be one of ('amax', 'four_over_six', 'mse'), got '" + method +
+              "'");
+    return method == "amax"            ? BlockScale::kAmax
+           : method == "four_over_six" ? BlockScale::kFourOverSix
+                                       : BlockScale::kMse;
+  }
+
+  void check_tensors(int64_t channels) const {
+    for (const TensorRef* ids : {&act_blocks, &weight_blocks, &act_channels}) check_ids(*ids);
+    if (channel_order) channel_order.check({int32()}, {channels});
+    if (outer_scale) outer_scale.check({fp32()}, {1});
+    ARC_CHECK(!act_channels || act_channels.size(0) % kBlock == 0,
+          prefix() + "act_channels must hold a multiple of 16 channels, got " +
+              std::to_string(act_channels.size(0)));
+  }
+
+  const char* op;
   TensorRef act_blocks, weight_blocks, outer_scale;
-  std::string scale_mode;
+  StringRef scale_mode_text;
   TensorRef channel_order, act_channels;
-  std::string block_scale, scale_layout;
+  StringRef block_scale_text, plan, scale_layout_text;  // plan is for graph passes alone
 };
 
 struct Matrix {
@@ -76,19 +94,26 @@ struct Matrix {
   DType dtype;
 };
 
-Matrix matrix_of(const TensorRef& x, const char* op, const char* name = "x") {
-  const std::string what = std::string(op) + ": " + name;
-  ARC_CHECK(x.dim() > 0, what + " must have at least one dimension [*, K], got a scalar");
-  const int64_t channels = x.sizes().back();
+Matrix matrix_of(const TensorRef& x) {
+  ARC_CHECK(is_floating(x.dtype()), x.what() + " must be bf16, fp16 or fp32, got " + x.is());
+  x.check_memory();
+  ARC_CHECK(x.dim() > 0, x.what() + " must have at least one dimension [*, K], got a scalar");
+  const Extents sizes = x.sizes();
+  const int64_t channels = sizes[sizes.count - 1];
+  ARC_CHECK(channels > 0, x.what() + " must have at least one channel, got " + x.is());
   int64_t rows = 1;
-  for (size_t i = 0; i + 1 < x.sizes().size(); ++i) rows *= x.size(i);
-  return {rows, channels, dtype_of(x.dtype(), what)};
+  for (int64_t i = 0; i + 1 < sizes.count; ++i) {
+    ARC_CHECK(!__builtin_mul_overflow(rows, sizes[i], &rows),
+          x.what() + " has too many rows, got " + x.is());
+  }
+  return {rows, channels, dtype_of(x.dtype())};
 }
 
-void check_same(const TensorRef& x, const TensorRef& other, const char* op, const char* name) {
-  ARC_CHECK(x.sizes() == other.sizes() && x.dtype() == other.dtype(),
-        std::string(op) + ": " + name + " must have the shape and dtype of the first input, " +
-            text(x.sizes()) + ", got " + text(other.sizes()));
+void check_same(const TensorRef& x, const TensorRef& other) {
+  ARC_CHECK(x.dtype() == other.dtype() && x.sizes().vector() == other.sizes().vector(),
+        other.what() + " must have the shape and dtype of the first input, " + x.is() + ", got " +
+            other.is());
+  other.check_memory();
 }
 
 // Codes and scales of `rows` rows of `blocks` blocks.
@@ -113,16 +138,17 @@ Operand swizzled(const Operand& plain) {
 
 // Quantizes what `produce` makes of the rows of `matrix` and puts the three results on the stack.
 void quantize_onto(
-    StableIValue* stack, const char* op, const Matrix& matrix,
-    const AugmentationArguments& arguments, const RowProducer& produce) {
-  const Augmentation how = arguments.resolve(op, matrix.channels);
+    StableIValue* stack, const Matrix& matrix, AugmentationArguments& arguments,
+    const RowProducer& produce) {
+  const bool is_swizzled = arguments.swizzled();
+  const Augmentation how = arguments.resolve(matrix.channels);
   const int64_t rows = matrix.rows, outers = how.mode == ScaleMode::kToken ? rows : 1;
   Operand operand(rows, how.all_blocks());
-  TensorRef outer = TensorRef::empty({outers}, aoti_torch_dtype_float32());
+  TensorRef outer = TensorRef::empty({outers}, fp32());
   quant_augment(
       produce, rows, how,
       {operand.qdata.data<uint8_t>(), operand.scale.data<uint8_t>(), outer.data<float>()});
-  if (arguments.scale_layout == "swizzled") operand = swizzled(operand);
+  if (is_swizzled) operand = swizzled(operand);
   stack[0] = as_value(operand.qdata.release());
   stack[1] = as_value(operand.scale.release());
   stack[2] = as_value(outer.release());
@@ -146,54 +172,53 @@ float inverse_rms(const float* x, int64_t channels, float eps) {
   return 1.0f / std::sqrt(mean + eps);
 }
 
-void check_norm_weight(const TensorRef& weight, const TensorRef& x, const char* op) {
-  ARC_CHECK(weight.sizes() == std::vector<int64_t>{x.sizes().back()} && weight.dtype() == x.dtype(),
-        std::string(op) + ": weight must have shape [" + std::to_string(x.sizes().back()) +
-            "] and the dtype of x, got " + text(weight.sizes()));
+// Of x [*, K] and its norm's weight [K].
+Matrix check_norm(const TensorRef& x, const TensorRef& weight) {
+  const Matrix matrix = matrix_of(x);
+  weight.check({x.dtype()}, {matrix.channels});
+  return matrix;
 }
 
 }  // namespace
 
 void quant_augment_boxed(StableIValue* stack, uint64_t, uint64_t) {
-  constexpr const char* op = "quant_augment";
-  Arguments arguments(stack);
-  const TensorRef x = arguments.tensor();
-  const AugmentationArguments augmentation(arguments);
-  const Matrix matrix = matrix_of(x, op);
+  Arguments arguments("quant_augment", stack);
+  TensorRef x = arguments.tensor("x");
+  AugmentationArguments augmentation(arguments);
+  const Matrix matrix = matrix_of(x);
+  make_contiguous(x);
   const auto produce = [&](int64_t m, float* out) {
     return kernels().load_row(row_of(x, matrix, m), matrix.dtype, matrix.channels, out);
   };
-  quantize_onto(stack, op, matrix, augmentation, produce);
+  quantize_onto(stack, matrix, augmentation, produce);
 }
 
 void rms_norm_quant_augment_boxed(StableIValue* stack, uint64_t, uint64_t) {
-  constexpr const char* op = "rms_norm_quant_augment";
-  Arguments arguments(stack);
-  const TensorRef x = arguments.tensor(), weight = arguments.tensor();
+  Arguments arguments("rms_norm_quant_augment", stack);
+  TensorRef x = arguments.tensor("x"), weight = arguments.tensor("weight");
   const float eps = float(arguments.scalar<double>());
-  const AugmentationArguments augmentation(arguments);
-  const Matrix matrix = matrix_of(x, op);
-  check_norm_weight(weight, x, op);
+  AugmentationArguments augmentation(arguments);
+  const Matrix matrix = check_norm(x, weight);
+  make_contiguous(x, weight);
   const void* gain = weight.data<void>();
   const auto produce = [&](int64_t m, float* out) {
     kernels().load_row(row_of(x, matrix, m), matrix.dtype, matrix.channels, out);
     const float inverse = inverse_rms(out, matrix.channels, eps);
     return kernels().norm_row(out, gain, matrix.dtype, inverse, matrix.channels, out);
   };
-  quantize_onto(stack, op, matrix, augmentation, produce);
+  quantize_onto(stack, matrix, augmentation, produce);
 }
 
 void add_rms_norm_quant_augment_boxed(StableIValue* stack, uint64_t, uint64_t) {
-  constexpr const char* op = "add_rms_norm_quant_augment";
-  Arguments arguments(stack);
-  const TensorRef x = arguments.tensor(), residual = arguments.tensor();
-  const TensorRef weight = arguments.tensor();
+  Arguments arguments("add_rms_norm_quant_augment", stack);
+  TensorRef x = arguments.tensor("x"), residual = arguments.tensor("residual");
+  TensorRef weight = arguments.tensor("weight");
   const float eps = float(arguments.scalar<double>());
-  const AugmentationArguments augmentation(arguments);
-  const Matrix matrix = matrix_of(x, op);
-  check_same(x, residual, op, "residual");
-  check_norm_weight(weight, x, op);
-  TensorRef sum = TensorRef::empty(x.sizes(), x.dtype());
+  AugmentationArguments augmentation(arguments);
+  const Matrix matrix = check_norm(x, weight);
+  check_same(x, residual);
+  make_contiguous(x, residual, weight);
+  TensorRef sum = TensorRef::empty(x.sizes().vector(), x.dtype());
   const void* gain = weight.data<void>();
   const auto produce = [&](int64_t m, float* out) {
     char* total = const_cast<char*>(row_of(sum, matrix, m));
@@ -203,41 +228,42 @@ void add_rms_norm_quant_augment_boxed(StableIValue* stack, uint64_t, uint64_t) {
     const float inverse = inverse_rms(out, matrix.channels, eps);
     return kernels().norm_row(out, gain, matrix.dtype, inverse, matrix.channels, out);
   };
-  quantize_onto(stack, op, matrix, augmentation, produce);
+  quantize_onto(stack, matrix, augmentation, produce);
   stack[3] = as_value(sum.release());
 }
 
 void silu_mul_quant_augment_boxed(StableIValue* stack, uint64_t, uint64_t) {
-  constexpr const char* op = "silu_mul_quant_augment";
-  Arguments arguments(stack);
-  const TensorRef gate = arguments.tensor(), up = arguments.tensor();
-  const AugmentationArguments augmentation(arguments);
-  const Matrix matrix = matrix_of(gate, op, "gate");
-  check_same(gate, up, op, "up");
+  Arguments arguments("silu_mul_quant_augment", stack);
+  TensorRef gate = arguments.tensor("gate"), up = arguments.tensor("up");
+  AugmentationArguments augmentation(arguments);
+  const Matrix matrix = matrix_of(gate);
+  check_same(gate, up);
+  make_contiguous(gate, up);
   const auto produce = [&](int64_t m, float* out) {
     return kernels().silu_mul_row(
         row_of(gate, matrix, m), row_of(up, matrix, m), matrix.dtype, matrix.channels, out);
   };
-  quantize_onto(stack, op, matrix, augmentation, produce);
+  quantize_onto(stack, matrix, augmentation, produce);
 }
 
 void gelu_quant_augment_boxed(StableIValue* stack, uint64_t, uint64_t) {
-  constexpr const char* op = "gelu_quant_augment";
-  Arguments arguments(stack);
-  const TensorRef x = arguments.tensor(), up = arguments.optional_tensor();
-  const std::string approximate = arguments.string();
-  const AugmentationArguments augmentation(arguments);
-  const Matrix matrix = matrix_of(x, op);
+  Arguments arguments("gelu_quant_augment", stack);
+  TensorRef x = arguments.tensor("x"), up = arguments.optional_tensor("up");
+  const StringRef approximate_text = arguments.string();
+  AugmentationArguments augmentation(arguments);
+  const Matrix matrix = matrix_of(x);
+  if (up) check_same(x, up);
+  const std::string approximate = approximate_text.text();
   ARC_CHECK(approximate == "none" || approximate == "tanh",
         "gelu_quant_augment: approximate must be one of ('none', 'tanh'), got '" + approximate +
             "'");
-  if (up) check_same(x, up, op, "up");
+  make_contiguous(x, up);
   const auto produce = [&](int64_t m, float* out) {
     return kernels().gelu_row(
         row_of(x, matrix, m), up ? row_of(up, matrix, m) : nullptr, approximate == "tanh",
         matrix.dtype, matrix.channels, out);
   };
-  quantize_onto(stack, op, matrix, augmentation, produce);
+  quantize_onto(stack, matrix, augmentation, produce);
 }
 
 }  // namespace arc

@@ -25,6 +25,7 @@ int32_t aoti_torch_dtype_float32();
 int32_t aoti_torch_dtype_uint8();
 int32_t aoti_torch_dtype_int32();
 int32_t aoti_torch_device_type_cpu();
+int32_t aoti_torch_layout_strided();
 
 AOTITorchError aoti_torch_delete_tensor_object(AtenTensorHandle tensor);
 AOTITorchError aoti_torch_get_data_ptr(AtenTensorHandle tensor, void** data);
@@ -32,6 +33,10 @@ AOTITorchError aoti_torch_get_dim(AtenTensorHandle tensor, int64_t* dim);
 AOTITorchError aoti_torch_get_sizes(AtenTensorHandle tensor, int64_t** sizes);
 AOTITorchError aoti_torch_get_strides(AtenTensorHandle tensor, int64_t** strides);
 AOTITorchError aoti_torch_get_dtype(AtenTensorHandle tensor, int32_t* dtype);
+AOTITorchError aoti_torch_get_device_type(AtenTensorHandle tensor, int32_t* device_type);
+AOTITorchError aoti_torch_get_layout(AtenTensorHandle tensor, int32_t* layout);
+AOTITorchError aoti_torch_get_storage_size(AtenTensorHandle tensor, int64_t* bytes);
+AOTITorchError aoti_torch_get_storage_offset(AtenTensorHandle tensor, int64_t* offset);
 AOTITorchError aoti_torch_empty_strided(
     int64_t dim,
     const int64_t* sizes,
@@ -63,4 +68,7 @@ AOTITorchError torch_get_num_threads(uint32_t* num_threads);
 AOTITorchError torch_delete_string(StringHandle handle);
 AOTITorchError torch_string_length(StringHandle handle, size_t* length);
 AOTITorchError torch_string_c_str(StringHandle handle, const char** data);
+
+// What the last call that failed said; null before torch 2.13.
+__attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 }

@@ -12,19 +12,20 @@ constexpr int64_t kGrain = 1 << 14;      // values worth a thread, to encode
 constexpr int64_t kSearchedBlocks = 16;  // of kSearchRows rows: the same, to search
 
 void check_values(const TensorRef& values, const std::string& op) {
-  ARC_CHECK(values.dtype() == aoti_torch_dtype_float32() && values.dim() == 2 &&
-            values.size(1) % kBlock == 0,
-        op + ": values must be fp32 [N, K] with K a multiple of 16, got " + text(values.sizes()));
+  const bool fits = values.dtype() == fp32() && values.dim() == 2 && values.size(1) > 0 &&
+      values.size(1) % kBlock == 0;
+  ARC_CHECK(fits, op + ": values must be fp32 [N, K] with K a positive multiple of 16, got " +
+                      values.is());
+  values.check({fp32()}, {kAnySize, kAnySize});
 }
 
 struct EncodeArguments {
-  EncodeArguments(const std::string& op, Arguments from)
-      : values(from.tensor()), scale(from.tensor()) {
-    check_values(values, op);
+  explicit EncodeArguments(Arguments from)
+      : values(from.tensor("values")), scale(from.tensor("scale")) {
+    check_values(values, from.op);
     rows = values.size(0), blocks = values.size(1) / kBlock;
-    ARC_CHECK(scale.dtype() == aoti_torch_dtype_uint8() &&
-              scale.sizes() == (std::vector<int64_t>{rows, blocks}),
-          op + ": scale must be uint8 " + text({rows, blocks}) + ", got " + text(scale.sizes()));
+    scale.check({uint8()}, {rows, blocks});
+    make_contiguous(values, scale);
   }
 
   // run(values, scale, row) for every row.
@@ -44,23 +45,21 @@ struct EncodeArguments {
 
 struct RoundArguments {
   explicit RoundArguments(Arguments from)
-      : values(from.tensor()), feedback(from.tensor()), lower(from.tensor()), scale(from.tensor()),
-        fine(from.optional_tensor()), outputs(from.optional_tensor()) {
-    ARC_CHECK(values.dtype() == aoti_torch_dtype_float32() && values.dim() == 2,
-              "round_columns: values must be fp32 [columns, rows], got " + text(values.sizes()));
+      : values(from.tensor("values")),
+        feedback(from.tensor("feedback")),
+        lower(from.tensor("lower")),
+        scale(from.tensor("scale")),
+        fine(from.optional_tensor("fine")),
+        outputs(from.optional_tensor("outputs")) {
+    values.check({fp32()}, {kAnySize, kAnySize});
     columns = values.size(0), rows = values.size(1);
-    tiles = (rows + kTileWeightRows - 1) / kTileWeightRows;
-    check("feedback", feedback, {columns, rows});
-    check("lower", lower, {columns, columns});
-    check("scale", scale, {columns, rows});
-    if (fine) check("fine", fine, {columns, rows});
-    if (outputs) check("outputs", outputs, {tiles, kTileWeightRows, kTileWeightRows});
-  }
-
-  static void check(const char* name, const TensorRef& t, const std::vector<int64_t>& sizes) {
-    ARC_CHECK(t.dtype() == aoti_torch_dtype_float32() && t.sizes() == sizes,
-              std::string("round_columns: ") + name + " must be fp32 " + text(sizes) + ", got " +
-                  text(t.sizes()));
+    tiles = rows / kTileWeightRows + (rows % kTileWeightRows != 0);
+    feedback.check({fp32()}, {columns, rows});
+    lower.check({fp32()}, {columns, columns});
+    scale.check({fp32()}, {columns, rows});
+    if (fine) fine.check({fp32()}, {columns, rows});
+    if (outputs) outputs.check({fp32()}, {tiles, kTileWeightRows, kTileWeightRows});
+    make_contiguous(values, feedback, lower, scale, fine, outputs);
   }
 
   TensorRef values, feedback, lower, scale, fine, outputs;
@@ -70,15 +69,13 @@ struct RoundArguments {
 }  // namespace
 
 void search_block_scales_boxed(StableIValue* stack, uint64_t, uint64_t) {
-  const std::string op = "search_block_scales";
-  Arguments arguments(stack);
-  const TensorRef values = arguments.tensor(), importance = arguments.optional_tensor();
-  check_values(values, op);
+  Arguments arguments("search_block_scales", stack);
+  TensorRef values = arguments.tensor("values");
+  TensorRef importance = arguments.optional_tensor("importance");
+  check_values(values, arguments.op);
   const int64_t rows = values.size(0), channels = values.size(1), blocks = channels / kBlock;
-  ARC_CHECK(!importance || (importance.dtype() == aoti_torch_dtype_float32() &&
-                        importance.sizes() == std::vector<int64_t>{channels}),
-        op + ": importance must be fp32 " + text({channels}) + ", got " +
-            text(importance.sizes()));
+  if (importance) importance.check({fp32()}, {channels});
+  make_contiguous(values, importance);
   TensorRef scale = empty_bytes(rows, blocks);
   const float* x = values.data<float>();
   const float* weights = importance ? importance.data<float>() : nullptr;
@@ -99,7 +96,7 @@ void search_block_scales_boxed(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 void encode_blocks_boxed(StableIValue* stack, uint64_t, uint64_t) {
-  const EncodeArguments given("encode_blocks", Arguments(stack));
+  const EncodeArguments given(Arguments("encode_blocks", stack));
   TensorRef qdata = empty_bytes(given.rows, given.blocks * kBlockBytes);
   uint8_t* out = qdata.data<uint8_t>();
   given.for_rows([&](const float* values, const uint8_t* scale, int64_t n) {
@@ -109,8 +106,8 @@ void encode_blocks_boxed(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 void block_residuals_boxed(StableIValue* stack, uint64_t, uint64_t) {
-  const EncodeArguments given("block_residuals", Arguments(stack));
-  TensorRef residual = TensorRef::empty(given.values.sizes(), aoti_torch_dtype_float32());
+  const EncodeArguments given(Arguments("block_residuals", stack));
+  TensorRef residual = TensorRef::empty(given.values.sizes().vector(), fp32());
   float* out = residual.data<float>();
   given.for_rows([&](const float* values, const uint8_t* scale, int64_t n) {
     kernels().residual_row(values, scale, given.blocks, out + n * given.blocks * kBlock);
@@ -119,11 +116,11 @@ void block_residuals_boxed(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 void round_columns_boxed(StableIValue* stack, uint64_t, uint64_t) {
-  const RoundArguments given{Arguments(stack)};
+  const RoundArguments given{Arguments("round_columns", stack)};
   const int64_t columns = given.columns, rows = given.rows;
   TensorRef codes = empty_bytes(columns, rows);
   TensorRef fine_codes = empty_bytes(given.fine ? columns : 0, rows);
-  TensorRef errors = TensorRef::empty({columns, rows}, aoti_torch_dtype_float32());
+  TensorRef errors = TensorRef::empty({columns, rows}, fp32());
   ColumnGroup group{};
   group.columns = columns, group.rows = rows;
   group.values = given.values.data<float>(), group.feedback = given.feedback.data<float>();
@@ -132,7 +129,7 @@ void round_columns_boxed(StableIValue* stack, uint64_t, uint64_t) {
   group.codes = codes.data<uint8_t>(), group.fine_codes = fine_codes.data<uint8_t>();
   group.errors = errors.data<float>();
   const float* outputs = given.outputs ? given.outputs.data<float>() : nullptr;
-  parallel_for(given.tiles, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(columns ? given.tiles : 0, 1, [&](int64_t begin, int64_t end) {
     Scratch<float> scratch(columns * kTileWeightRows);
     ColumnGroup mine = group;
     mine.scratch = scratch.data();

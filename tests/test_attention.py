@@ -109,6 +109,14 @@ def test_large_scores_and_far_apart_ones(level):
     assert (found.double() - expected).abs().max() <= 0.05 * value.abs().max()
 
 
+@pytest.mark.parametrize("size", [1.0, 1e9, 1e20, 3e37])
+def test_one_key_has_all_the_weight(level, size):
+    """However large its score is, while fp32 holds it."""
+    query, key, value = tensors((2, 4, 2, 33, 1, 2, 16))
+    found = attention(query, key * size, value, None, False, 0.1)
+    assert torch.equal(found, value.repeat_interleave(2, 1).expand(found.shape))
+
+
 def test_a_row_that_sees_no_key_is_zeros(level):
     query, key, value = tensors(SHAPES["a prompt"])
     mask = torch.zeros(1, 1, 70, 130)
@@ -186,8 +194,11 @@ def test_opcheck(name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q, k, v: (q.float(), k, v, None, False), "must be bf16 of four dimensions"),
-        (lambda q, k, v: (q[0], k, v, None, False), r"four dimensions, got \[8, 70, 64\]"),
+        (lambda q, k, v: (q.float(), k, v, None, False), "query must be bf16"),
+        (
+            lambda q, k, v: (q[0], k, v, None, False),
+            r"query must be bf16 \[\*, \*, \*, \*\], got bf16 \[8, 70, 64\]",
+        ),
         (lambda q, k, v: (q, k[..., :32], v, None, False), r"expected query \[B, H, T, D\]"),
         (lambda q, k, v: (q, k, v[:, :1], None, False), r"expected query \[B, H, T, D\]"),
         (lambda q, k, v: (q[:, :7], k, v, None, False), "multiple of key heads"),

@@ -72,9 +72,9 @@ def test_opcheck():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x, w, b: (x.float(), w, b), "both bf16"),
-        (lambda x, w, b: (x, w[:, :8], b), r"got \[2, 16\] and \[5, 8\]"),
-        (lambda x, w, b: (x, w, b[:4]), r"bias must be bf16 \[5\], got \[4\]"),
+        (lambda x, w, b: (x.float(), w, b), r"x must be bf16 \[\*, \*\], got fp32 \[2, 16\]"),
+        (lambda x, w, b: (x, w[:, :8], b), r"weight must be bf16 \[\*, 16\], got bf16 \[5, 8\]"),
+        (lambda x, w, b: (x, w, b[:4]), r"bias must be bf16 \[5\], got bf16 \[4\]"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, message):

@@ -51,7 +51,7 @@ def test_operators_pass_opcheck(shape):
 
 
 def test_operands_that_do_not_fit_are_refused():
-    with pytest.raises(RuntimeError, match=r"expected an input_scale of shape \[32\], got \[64\]"):
+    with pytest.raises(RuntimeError, match=r"input_scale must be fp32 \[32\], got fp32 \[64\]"):
         transform_input(randn(2, 32), SCALE, None)
     with pytest.raises(RuntimeError, match="x has 24 channels, no multiple of the rotation's 16"):
         transform_input(randn(2, 24), None, SIGNS)

@@ -108,7 +108,7 @@ def test_opcheck(rows, blocks):
             r"x has 90 channels and 2 residual blocks, so b must be \[N, 6",
         ),
         ({"weight_blocks": EMPTY}, r"and 0 residual blocks, so b must be \[N, 40\]"),
-        ({"bias": torch.zeros(1)}, r"bias must have shape \[19\], got \[1\]"),
+        ({"bias": torch.zeros(1)}, r"bias must be bf16, fp16 or fp32 \[19\], got fp32 \[1\]"),
         ({"b_layout": "rows"}, "b_layout must be one of"),
     ],
 )

@@ -16,8 +16,10 @@ All steps are fp32. Element 2i lies in the low nibble of byte i, 2i+1 in the hig
 bit 3, kept on zeros. A block that holds NaN or Inf gets the scale NaN (0x7f) and codes 0, so that
 its token dequantizes to NaN and never to a finite number.
 
-Scales travel as uint8 (the bits of float8_e4m3fn). `swizzle_scales` is the 128x4 tiling that
-Blackwell reads (PTX ISA, tcgen05 block scaling; CUTLASS Sm1xxBlockScaledConfig).
+Scales travel as uint8, the bits of float8_e4m3fn from 0x00 to 0x7e. Every other byte, NaN's or one
+with a sign, is no scale: it decodes to NaN, here and in every kernel that decodes scales itself (in
+Blackwell's matrix units the type has no sign). `swizzle_scales` is the 128x4 tiling that Blackwell
+reads (PTX ISA, tcgen05 block scaling; CUTLASS Sm1xxBlockScaledConfig).
 """
 
 import math
@@ -113,8 +115,9 @@ def decode_e2m1(codes: Tensor) -> Tensor:
 
 
 def decode_e4m3(bits: Tensor) -> Tensor:
-    """fp32 values of e4m3 bits (uint8)."""
-    return bits.view(torch.float8_e4m3fn).float()
+    """fp32 values of e4m3 bits (uint8); NaN for those from 0x7f on."""
+    value = bits.view(torch.float8_e4m3fn).float()
+    return value.masked_fill_(bits >= E4M3_NAN, torch.nan)
 
 
 def encode_e4m3(scale: Tensor) -> Tensor:

@@ -10,24 +10,35 @@ fp32, rounded once.
 from torch import Tensor
 from torch.nn.functional import linear
 
+from arc_ao.ops.checks import BF16, check_tensor
 from arc_ao.ops.registry import define
 
 MAX_ROWS = 8  # the weight is read once for them
 
 
 def bf16_linear_eager(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Multiply x [M, K] by weight [N, K] and add bias [N].
+    """Multiply x [M, K] by weight [N, K] and add bias [N], all bf16.
 
     Returns:
-        [M, N] in the dtype of x; the native kernel serves bf16 alone.
+        [M, N] in bf16.
 
     Raises:
         RuntimeError: shapes or dtypes that do not fit.
     """
+    _check(x, weight, bias)
     return linear(x, weight, bias)
 
 
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    op = "bf16_linear"
+    check_tensor(op, "x", x, BF16, (None, None), x.device)
+    check_tensor(op, "weight", weight, BF16, (None, x.shape[1]), x.device)
+    if bias is not None:
+        check_tensor(op, "bias", bias, BF16, (weight.shape[0],), x.device)
+
+
 def _bf16_linear_fake(x, weight, bias):
+    _check(x, weight, bias)
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 

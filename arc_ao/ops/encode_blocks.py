@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from arc_ao.formats import nvfp4
-from arc_ao.ops.checks import check
+from arc_ao.ops.checks import BYTES, check_tensor
 from arc_ao.ops.registry import define
 from arc_ao.ops.search_block_scales import check_values
 
@@ -48,11 +48,8 @@ def _codes(op: str, values: Tensor, scale: Tensor) -> Tensor:
 
 def _check(op: str, values: Tensor, scale: Tensor) -> None:
     check_values(op, values)
-    expected = [values.shape[0], values.shape[1] // nvfp4.BLOCK_SIZE]
-    check(
-        scale.dtype == torch.uint8 and list(scale.shape) == expected,
-        f"{op}: scale must be uint8 {expected}, got {list(scale.shape)}",
-    )
+    expected = (values.shape[0], values.shape[1] // nvfp4.BLOCK_SIZE)
+    check_tensor(op, "scale", scale, BYTES, expected, values.device)
 
 
 def _encode_blocks_fake(values, scale):

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arc_ao.methods.rotation import rotate
-from arc_ao.ops.checks import check
+from arc_ao.ops.checks import FLOATING, FP32, check, check_rows, check_tensor
 from arc_ao.ops.registry import define
+
+SIGNS = (torch.int8,)
 
 
 def transform_input_eager(
@@ -49,24 +51,28 @@ def _transform_input_fake(x, input_scale, rotation, plan=""):
 
 
 def _check(x: Tensor, input_scale: Tensor | None, rotation: Tensor | None) -> None:
+    op = "transform_input"
+    check_rows(op, "x", x)
     channels = x.shape[-1]
-    check(
-        input_scale is None or input_scale.shape == (channels,),
-        f"transform_input: expected an input_scale of shape [{channels}], got "
-        f"{None if input_scale is None else list(input_scale.shape)}",
-    )
-    check(
-        rotation is None or channels % rotation.shape[0] == 0,
-        f"transform_input: x has {channels} channels, no multiple of the rotation's "
-        f"{None if rotation is None else rotation.shape[0]}",
-    )
+    if input_scale is not None:
+        check_tensor(op, "input_scale", input_scale, FP32, (channels,), x.device)
+    if rotation is not None:
+        check_tensor(op, "rotation", rotation, SIGNS, (None, None), x.device)
+        height, width = rotation.shape
+        check(
+            height == width and height > 0 and channels % height == 0,
+            lambda: (
+                f"{op}: x has {channels} channels, no multiple of the rotation's "
+                f"{list(rotation.shape)}"
+            ),
+        )
 
 
 def project_down_eager(x: Tensor, down: Tensor, plan: str = "") -> Tensor:
     """x [*, K] times down^T, down [r, K] in 16 bits: [M, r] in x's dtype.
 
     Raises:
-        RuntimeError: an x of another K.
+        RuntimeError: an x of another K, or what is not in floating point.
     """
     _check_down(x, down)
     return F.linear(x.reshape(-1, x.shape[-1]), down.to(x.dtype))
@@ -81,9 +87,11 @@ def _project_down_fake(x, down, plan=""):
 
 
 def _check_down(x: Tensor, down: Tensor) -> None:
+    check_rows("project_down", "x", x)
+    check_tensor("project_down", "down", down, FLOATING, (None, None), x.device)
     check(
         x.shape[-1] == down.shape[1],
-        f"project_down: x has {x.shape[-1]} channels, down has {down.shape[1]}",
+        lambda: f"project_down: x has {x.shape[-1]} channels, down has {down.shape[1]}",
     )
 
 

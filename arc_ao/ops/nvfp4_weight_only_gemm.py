@@ -13,9 +13,17 @@ import torch
 from torch import Tensor
 
 from arc_ao.formats import nvfp4
-from arc_ao.ops.checks import check
+from arc_ao.ops.checks import (
+    BYTES,
+    FLOATING,
+    FP32,
+    check,
+    check_ids,
+    check_rows,
+    check_tensor,
+    described,
+)
 from arc_ao.ops.layout import from_panels
-from arc_ao.ops.quant_augment import INPUT_DTYPES
 from arc_ao.ops.registry import define
 
 CHUNK_BLOCKS = 1 << 16  # of the weight, decoded to fp32 at a time: 4 MiB
@@ -49,7 +57,7 @@ def nvfp4_weight_only_gemm_eager(
     Raises:
         RuntimeError: operands that do not fit together, naming them.
     """
-    check_weight_only(x, b, b_scale, bias, weight_blocks, b_layout)
+    check_weight_only(x, b, b_scale, b_outer, bias, weight_blocks, b_layout)
     if b_layout == "panels":
         b, b_scale = from_panels(b, b_scale)
     rows = x.detach().reshape(-1, x.shape[-1])  # as the other products, it has no gradient
@@ -76,31 +84,34 @@ def check_weight_only(
     x: Tensor,
     b: Tensor,
     b_scale: Tensor,
+    b_outer: Tensor,
     bias: Tensor | None,
     weight_blocks: Tensor,
     b_layout: str,
 ) -> None:
     """Refuse operands that do not fit together; every message names the operator."""
-    check(x.dtype in INPUT_DTYPES, f"{NAME}: x must be bf16, fp16 or fp32, got {x.dtype}")
-    check(x.dim() > 0, f"{NAME}: x must have at least one dimension [*, K], got a scalar")
     check(b_layout in LAYOUTS, f"{NAME}: b_layout must be one of {LAYOUTS}, got {b_layout!r}")
-    blocks = math.ceil(x.shape[-1] / nvfp4.BLOCK_SIZE) + weight_blocks.shape[0]
-    half = nvfp4.BLOCK_SIZE // 2
-    check(
-        b.shape[1] == blocks * half and b_scale.shape == (b.shape[0], blocks),
+    check_rows(NAME, "x", x)
+    base = math.ceil(x.shape[-1] / nvfp4.BLOCK_SIZE)
+    check_ids(NAME, "weight_blocks", weight_blocks, base, x.device)
+    for name, tensor in (("b", b), ("b_scale", b_scale)):
+        check_tensor(NAME, name, tensor, BYTES, (None, None), x.device)
+    blocks, half = base + weight_blocks.shape[0], nvfp4.BLOCK_SIZE // 2
+    operands = lambda: (
         f"{NAME}: x has {x.shape[-1]} channels and {weight_blocks.shape[0]} residual blocks, so b "
-        f"must be [N, {blocks * half}] and b_scale [N, {blocks}], got {list(b.shape)} and "
-        f"{list(b_scale.shape)}",
+        f"must be [N, {blocks * half}] and b_scale [N, {blocks}], got {described(b)} and "
+        f"{described(b_scale)}"
     )
-    check(
-        bias is None or bias.shape == (b.shape[0],),
-        f"{NAME}: bias must have shape [{b.shape[0]}], got "
-        f"{None if bias is None else list(bias.shape)}",
-    )
+    for found, size in ((b.shape[1], blocks * half), (b_scale.shape[1], blocks)):
+        check(found == size, operands)
+    check(b.shape[0] == b_scale.shape[0], operands)
+    check_tensor(NAME, "b_outer", b_outer, FP32, (1,), x.device)
+    if bias is not None:
+        check_tensor(NAME, "bias", bias, FLOATING, (b.shape[0],), x.device)
 
 
 def _fake(x, b, b_scale, b_outer, bias, weight_blocks, b_layout="plain"):
-    check_weight_only(x, b, b_scale, bias, weight_blocks, b_layout)
+    check_weight_only(x, b, b_scale, b_outer, bias, weight_blocks, b_layout)
     return x.new_empty((math.prod(x.shape[:-1]), b.shape[0]))
 
 

@@ -16,12 +16,12 @@ import math
 import torch
 from torch import Tensor
 
-from arc_ao.ops.checks import check
+from arc_ao.ops.checks import check, check_rows, check_same, check_tensor
 from arc_ao.ops.quant_augment import (
     AUGMENTATION,
-    augmented_shapes,
     check_augmentation,
     quant_augment_eager,
+    quant_augment_fake,
 )
 from arc_ao.ops.registry import define
 
@@ -111,7 +111,8 @@ def rms_norm_quant_augment_eager(x, weight, eps, *augmentation) -> tuple[Tensor,
     Raises:
         RuntimeError: a weight of another shape or dtype; what `quant_augment` refuses.
     """
-    check_norm(x, weight, "rms_norm_quant_augment")
+    check_augmentation("rms_norm_quant_augment", x, *augmentation)
+    check_norm("rms_norm_quant_augment", x, weight)
     return quant_augment_eager(rms_norm(x, weight, eps), *augmentation)
 
 
@@ -122,8 +123,8 @@ def add_rms_norm_quant_augment_eager(
 
     Args and Raises as in `rms_norm_quant_augment_eager`; residual has the shape and dtype of x.
     """
-    check_same(x, residual, "add_rms_norm_quant_augment", "residual")
-    check_norm(x, weight, "add_rms_norm_quant_augment")
+    check_augmentation("add_rms_norm_quant_augment", x, *augmentation)
+    check_add_norm(x, residual, weight)
     total = (x.float() + residual.float()).to(x.dtype)
     return *quant_augment_eager(rms_norm(total, weight, eps), *augmentation), total
 
@@ -134,7 +135,8 @@ def silu_mul_quant_augment_eager(gate, up, *augmentation) -> tuple[Tensor, Tenso
     Raises:
         RuntimeError: shapes or dtypes that differ; what `quant_augment` refuses.
     """
-    check_same(gate, up, "silu_mul_quant_augment", "up")
+    check_augmentation("silu_mul_quant_augment", gate, *augmentation)
+    check_same("silu_mul_quant_augment", "up", gate, up)
     return quant_augment_eager(silu_mul(gate, up), *augmentation)
 
 
@@ -148,6 +150,7 @@ def gelu_quant_augment_eager(x, up, approximate, *augmentation) -> tuple[Tensor,
         RuntimeError: shapes or dtypes that differ; another approximation; what `quant_augment`
             refuses.
     """
+    check_augmentation("gelu_quant_augment", x, *augmentation)
     check_gelu(x, up, approximate)
     y = gelu(x, approximate)
     if up is not None:
@@ -162,63 +165,62 @@ def check_gelu(x: Tensor, up: Tensor | None, approximate: str) -> None:
         f"gelu_quant_augment: approximate must be one of {APPROXIMATIONS}, got {approximate!r}",
     )
     if up is not None:
-        check_same(x, up, "gelu_quant_augment", "up")
+        check_same("gelu_quant_augment", "up", x, up)
 
 
-def check_same(first: Tensor, other: Tensor, op: str, name: str) -> None:
-    """Refuse inputs of different shape or dtype, naming the operator and the input."""
-    check(
-        first.shape == other.shape and first.dtype == other.dtype,
-        f"{op}: {name} must have the shape and dtype of the first input, {list(first.shape)}, got "
-        f"{list(other.shape)}",
-    )
+def check_norm(op: str, x: Tensor, weight: Tensor) -> None:
+    """Refuse a norm's weight that does not fit x."""
+    check_rows(op, "x", x)
+    check_tensor(op, "weight", weight, (x.dtype,), (x.shape[-1],), x.device)
 
 
-def check_norm(x: Tensor, weight: Tensor, op: str) -> None:
-    """Refuse a norm's weight that does not fit x, naming the operator."""
-    check(
-        weight.shape == x.shape[-1:] and weight.dtype == x.dtype,
-        f"{op}: weight must have shape {list(x.shape[-1:])} and the dtype of x, got "
-        f"{list(weight.shape)}",
-    )
+def check_add_norm(x: Tensor, residual: Tensor, weight: Tensor) -> None:
+    """Refuse a residual or a norm's weight that does not fit x."""
+    check_norm("add_rms_norm_quant_augment", x, weight)
+    check_same("add_rms_norm_quant_augment", "residual", x, residual)
 
 
-def _fake(op: str, x: Tensor, augmentation: tuple) -> tuple[Tensor, Tensor, Tensor]:
-    act_blocks, weight_blocks, outer_scale, scale_mode, *rest = augmentation
-    act_channels = rest[1] if len(rest) > 1 else None
-    block_scale = rest[2] if len(rest) > 2 else "amax"
-    scale_layout = rest[4] if len(rest) > 4 else "plain"
-    check_augmentation(x, outer_scale, scale_mode, act_channels, block_scale, scale_layout, op)
-    return augmented_shapes(x, act_blocks, weight_blocks, scale_mode, act_channels, scale_layout)
+def _rms_norm_fake(x, weight, eps, *augmentation):
+    results = quant_augment_fake("rms_norm_quant_augment", x, *augmentation)
+    check_norm("rms_norm_quant_augment", x, weight)
+    return results
+
+
+def _add_rms_norm_fake(x, residual, weight, eps, *augmentation):
+    results = quant_augment_fake("add_rms_norm_quant_augment", x, *augmentation)
+    check_add_norm(x, residual, weight)
+    return *results, torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _silu_mul_fake(gate, up, *augmentation):
+    results = quant_augment_fake("silu_mul_quant_augment", gate, *augmentation)
+    check_same("silu_mul_quant_augment", "up", gate, up)
+    return results
+
+
+def _gelu_fake(x, up, approximate, *augmentation):
+    results = quant_augment_fake("gelu_quant_augment", x, *augmentation)
+    check_gelu(x, up, approximate)
+    return results
 
 
 rms_norm_quant_augment = define(
     f"rms_norm_quant_augment(Tensor x, Tensor weight, float eps, {AUGMENTATION}) -> "
     "(Tensor, Tensor, Tensor)",
     rms_norm_quant_augment_eager,
-    lambda x, weight, eps, *rest: _fake("rms_norm_quant_augment", x, rest),
+    _rms_norm_fake,
 )
 add_rms_norm_quant_augment = define(
     "add_rms_norm_quant_augment(Tensor x, Tensor residual, Tensor weight, float eps, "
     f"{AUGMENTATION}) -> (Tensor, Tensor, Tensor, Tensor)",
     add_rms_norm_quant_augment_eager,
-    lambda x, residual, weight, eps, *rest: (
-        *_fake("add_rms_norm_quant_augment", x, rest),
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-    ),
+    _add_rms_norm_fake,
 )
 silu_mul_quant_augment = define(
     f"silu_mul_quant_augment(Tensor gate, Tensor up, {AUGMENTATION}) -> (Tensor, Tensor, Tensor)",
     silu_mul_quant_augment_eager,
-    lambda gate, up, *rest: _fake("silu_mul_quant_augment", gate, rest),
+    _silu_mul_fake,
 )
-
-
-def _gelu_fake(x, up, approximate, *rest):
-    check_gelu(x, up, approximate)
-    return _fake("gelu_quant_augment", x, rest)
-
-
 gelu_quant_augment = define(
     f"gelu_quant_augment(Tensor x, Tensor? up, str approximate, {AUGMENTATION}) -> "
     "(Tensor, Tensor, Tensor)",

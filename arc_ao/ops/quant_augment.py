@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from arc_ao.formats import nvfp4
-from arc_ao.ops.checks import check
+from arc_ao.ops.checks import FP32, check, check_ids, check_rows, check_tensor
 from arc_ao.ops.layout import SCALE_LAYOUTS, swizzle, swizzled_shape
 from arc_ao.ops.registry import define
 
@@ -26,7 +26,6 @@ AUGMENTATION = (
     'str block_scale="amax", str plan="", str scale_layout="plain"'
 )
 SCALE_MODES = ("token", "tensor", "static")
-INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CHUNK_ELEMENTS = 1 << 18  # rows quantized at a time: 1 MiB per fp32 temporary
 
 
@@ -64,10 +63,13 @@ def quant_augment_eager(
         with M the product of the leading dimensions of x; qdata and scale padded where swizzled.
 
     Raises:
-        RuntimeError: unknown scale_mode, block_scale or scale_layout, x of another dtype,
-            outer_scale missing, unexpected or of another shape, act_channels not a multiple of 16.
+        RuntimeError: unknown scale_mode, block_scale or scale_layout; outer_scale missing or
+            unexpected; what does not fit in dtype, shape, layout or device; ids that x lacks.
     """
-    check_augmentation(x, outer_scale, scale_mode, act_channels, block_scale, scale_layout)
+    check_augmentation(
+        "quant_augment", x, act_blocks, weight_blocks, outer_scale, scale_mode, channel_order,
+        act_channels, block_scale, plan, scale_layout,
+    )  # fmt: skip
     rows = x.reshape(-1, x.shape[-1])  # [M, K]
     inverse, outer = _outer_scales(rows, outer_scale, scale_mode)
     blocks = _augmented_blocks(x, act_blocks, weight_blocks, act_channels)
@@ -77,6 +79,7 @@ def quant_augment_eager(
         scaled = rows[some].float()
         if channel_order is not None:
             scaled = scaled.index_select(1, channel_order)
+        scaled = nvfp4.to_blocks(scaled).flatten(1)  # padded first: -0 under a negative scale
         scaled = scaled * (inverse[some] if scale_mode == "token" else inverse)
         parts = _parts(scaled, act_blocks, weight_blocks, act_channels, block_scale)
         qdata[some] = nvfp4.pack(torch.cat([part.codes for part in parts], dim=1).flatten(1))
@@ -86,19 +89,24 @@ def quant_augment_eager(
     return qdata, scale, outer
 
 
-def _quant_augment_fake(
-    x,
-    act_blocks,
-    weight_blocks,
-    outer_scale,
-    scale_mode,
-    channel_order=None,
-    act_channels=None,
-    block_scale="amax",
-    plan="",
-    scale_layout="plain",
-):
-    check_augmentation(x, outer_scale, scale_mode, act_channels, block_scale, scale_layout)
+def quant_augment_fake(
+    op: str,
+    x: Tensor,
+    act_blocks: Tensor,
+    weight_blocks: Tensor,
+    outer_scale: Tensor | None,
+    scale_mode: str,
+    channel_order: Tensor | None = None,
+    act_channels: Tensor | None = None,
+    block_scale: str = "amax",
+    plan: str = "",
+    scale_layout: str = "plain",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty results of operator `op`, which quantizes something of the shape of x."""
+    check_augmentation(
+        op, x, act_blocks, weight_blocks, outer_scale, scale_mode, channel_order, act_channels,
+        block_scale, plan, scale_layout,
+    )  # fmt: skip
     return augmented_shapes(x, act_blocks, weight_blocks, scale_mode, act_channels, scale_layout)
 
 
@@ -125,45 +133,45 @@ def augmented_shapes(
 
 
 def check_augmentation(
+    op: str,
     x: Tensor,
+    act_blocks: Tensor,
+    weight_blocks: Tensor,
     outer_scale: Tensor | None,
     scale_mode: str,
-    act_channels: Tensor | None,
+    channel_order: Tensor | None = None,
+    act_channels: Tensor | None = None,
     block_scale: str = "amax",
+    plan: str = "",
     scale_layout: str = "plain",
-    op: str = "quant_augment",
 ) -> None:
     """Refuse arguments that do not fit together; every message names the operator."""
-    check(x.dtype in INPUT_DTYPES, f"{op}: x must be bf16, fp16 or fp32, got {x.dtype}")
-    check(x.dim() > 0, f"{op}: x must have at least one dimension [*, K], got a scalar")
-    check(
-        scale_mode in SCALE_MODES,
-        f"{op}: scale_mode must be one of {SCALE_MODES}, got {scale_mode!r}",
-    )
-    check(
-        block_scale in nvfp4.BLOCK_SCALES,
-        f"{op}: block_scale must be one of {nvfp4.BLOCK_SCALES}, got {block_scale!r}",
-    )
-    check(
-        scale_layout in SCALE_LAYOUTS,
-        f"{op}: scale_layout must be one of {SCALE_LAYOUTS}, got {scale_layout!r}",
-    )
+    for name, choice, choices in (
+        ("scale_mode", scale_mode, SCALE_MODES),
+        ("block_scale", block_scale, nvfp4.BLOCK_SCALES),
+        ("scale_layout", scale_layout, SCALE_LAYOUTS),
+    ):
+        check(choice in choices, f"{op}: {name} must be one of {choices}, got {choice!r}")
     check(
         (scale_mode == "static") == (outer_scale is not None),
         f"{op}: outer_scale belongs to scale_mode 'static' and only to it, got scale_mode "
         f"{scale_mode!r} {'without' if outer_scale is None else 'with'} outer_scale",
     )
+    check_rows(op, "x", x)
     if outer_scale is not None:
-        check(
-            (outer_scale.shape, outer_scale.dtype) == ((1,), torch.float32),
-            f"{op}: outer_scale must be fp32 [1], got {list(outer_scale.shape)}",
-        )
-    if act_channels is not None:
-        check(
-            act_channels.shape[0] % nvfp4.BLOCK_SIZE == 0,
+        check_tensor(op, "outer_scale", outer_scale, FP32, (1,), x.device)
+    channels, blocks = x.shape[-1], -(-x.shape[-1] // nvfp4.BLOCK_SIZE)
+    check_ids(op, "act_blocks", act_blocks, blocks, x.device)
+    check_ids(op, "weight_blocks", weight_blocks, blocks, x.device)
+    check_ids(op, "channel_order", channel_order, channels, x.device, channels)
+    check_ids(op, "act_channels", act_channels, blocks * nvfp4.BLOCK_SIZE, x.device)
+    check(
+        act_channels is None or act_channels.shape[0] % nvfp4.BLOCK_SIZE == 0,
+        lambda: (
             f"{op}: act_channels must hold a multiple of {nvfp4.BLOCK_SIZE} channels, got "
-            f"{act_channels.shape[0]}",
-        )
+            f"{act_channels.shape[0]}"
+        ),
+    )
 
 
 def _augmented_blocks(
@@ -203,7 +211,7 @@ def _outer_scales(
             outer_scale == 0, torch.zeros_like(inverse), inverse
         ), outer_scale.clone()
     if scale_mode == "token":
-        amax = rows.abs().amax(1) if rows.shape[1] else rows.new_zeros(rows.shape[0])
+        amax = rows.abs().amax(1)
     else:
         amax = rows.abs().amax().reshape(1) if rows.numel() else rows.new_zeros(1)
     amax = amax.float()
@@ -222,5 +230,5 @@ def _gather(residual: Tensor, act_blocks: Tensor, act_channels: Tensor | None) -
 quant_augment = define(
     f"quant_augment(Tensor x, {AUGMENTATION}) -> (Tensor, Tensor, Tensor)",
     quant_augment_eager,
-    _quant_augment_fake,
+    lambda x, *augmentation: quant_augment_fake("quant_augment", x, *augmentation),
 )

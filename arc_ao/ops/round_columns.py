@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arc_ao.formats import nvfp4
-from arc_ao.ops.checks import check
+from arc_ao.ops.checks import FP32, check_tensor
 from arc_ao.ops.registry import define
 
 TILE_ROWS = 64  # rows whose errors make up for each other
@@ -111,25 +111,19 @@ def tiled(outputs: Tensor) -> Tensor:
 
 def _check(values: Tensor, *others: Tensor | None) -> None:
     """The arguments of the operator, in its order."""
-    check(
-        values.dtype == torch.float32 and values.dim() == 2,
-        f"round_columns: values must be fp32 [columns, rows], got {list(values.shape)}",
-    )
+    check_tensor("round_columns", "values", values, FP32, (None, None), values.device)
     columns, rows = values.shape
-    same, tiles = [columns, rows], -(-rows // TILE_ROWS)
+    same, tiles = (columns, rows), -(-rows // TILE_ROWS)
     expected = {
         "feedback": same,
-        "lower": [columns, columns],
+        "lower": (columns, columns),
         "scale": same,
         "fine": same,
-        "outputs": [tiles, TILE_ROWS, TILE_ROWS],
+        "outputs": (tiles, TILE_ROWS, TILE_ROWS),
     }
     for (name, shape), tensor in zip(expected.items(), others, strict=True):
         if tensor is not None:
-            check(
-                tensor.dtype == torch.float32 and list(tensor.shape) == shape,
-                f"round_columns: {name} must be fp32 {shape}, got {list(tensor.shape)}",
-            )
+            check_tensor("round_columns", name, tensor, FP32, shape, values.device)
 
 
 def _round_columns_fake(values, feedback, lower, scale, fine, outputs):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from arc_ao.formats import nvfp4
-from arc_ao.ops.checks import check
+from arc_ao.ops.checks import FP32, check, check_memory, check_tensor, described
 from arc_ao.ops.registry import define
 
 CODE_OFFSETS = sorted(range(-6, 7), key=abs)
@@ -69,24 +69,22 @@ def search_block_scales_eager(values: Tensor, importance: Tensor | None) -> Tens
 
 
 def check_values(op: str, values: Tensor) -> None:
-    """Refuse what is not fp32 [N, K], K a multiple of 16."""
-    fits = values.dtype == torch.float32 and values.dim() == 2
-    check(
-        fits and values.shape[1] % nvfp4.BLOCK_SIZE == 0,
-        f"{op}: values must be fp32 [N, K] with K a multiple of 16, got {list(values.shape)}"
-        f"{'' if values.dtype == torch.float32 else f' {values.dtype}'}",
+    """Refuse what is not fp32 [N, K], K a positive multiple of 16."""
+    message = lambda: (
+        f"{op}: values must be fp32 [N, K] with K a positive multiple of 16, got "
+        f"{described(values)}"
     )
+    check_memory(op, "values", values, values.device)
+    check(values.dtype == torch.float32 and values.dim() == 2, message)
+    check(values.shape[1] > 0, message)
+    check(values.shape[1] % nvfp4.BLOCK_SIZE == 0, message)
 
 
 def _check(values: Tensor, importance: Tensor | None) -> None:
-    check_values("search_block_scales", values)
+    op = "search_block_scales"
+    check_values(op, values)
     if importance is not None:
-        expected = list(values.shape[1:])
-        check(
-            importance.dtype == torch.float32 and list(importance.shape) == expected,
-            f"search_block_scales: importance must be fp32 {expected}, got "
-            f"{list(importance.shape)}",
-        )
+        check_tensor(op, "importance", importance, FP32, (values.shape[1],), values.device)
 
 
 def _search_block_scales_fake(values, importance):

@@ -177,19 +177,33 @@ class TileOfQueries {
     return seen < kLanes ? select(behind(seen), splat(-INFINITY), lanes) : lanes;
   }
 
+  // Rows of products so large that a subtraction fused with them would show their rounding, by more
+  // than a weight bears, get them rounded, and the factor 1.
+  f32x16 round_large(int v, int64_t keys, f32x16 factor, f32x16 largest) {
+    const i32x16 large = less(every(bits<int32_t>(0x1p24f)), abs_bits(largest));
+    if (all_of(~large)) return factor;
+    for (int64_t k = 0; k < keys; ++k) {
+      const f32x16 score = scores(k, v);
+      store(t_.scores + (k * V + v) * kLanes, select(large, score * factor, score));
+    }
+    return select(large, splat(1.0f), factor);
+  }
+
   // Weights 2^(factor * score - largest) as pairs of bf16; sums and totals follow the maximum.
   void weigh(int64_t keys, float factor) {
     for (int v = 0; v < V; ++v) {
       f32x16 chunk = splat(-INFINITY);
       for (int64_t k = 0; k < keys; ++k) chunk = larger(chunk, scores(k, v));
-      const f32x16 before = largest_[v];
-      largest_[v] = larger(before, chunk * splat(factor));
+      const f32x16 before = largest_[v], largest = chunk * splat(factor);
+      largest_[v] = larger(before, largest);
+      f32x16 multiplier = splat(factor);
+      if (factor != 1.0f) multiplier = round_large(v, keys, multiplier, largest);
       const f32x16 reference = finite(largest_[v]);
       rescale(v, exp2_lanes(before - reference));
       for (int64_t k = 0; k < keys; k += 2) {
-        const f32x16 even = exp2_lanes(scores(k, v) * splat(factor) - reference);
+        const f32x16 even = exp2_lanes(scores(k, v) * multiplier - reference);
         const f32x16 odd =
-            k + 1 < keys ? exp2_lanes(scores(k + 1, v) * splat(factor) - reference) : f32x16{};
+            k + 1 < keys ? exp2_lanes(scores(k + 1, v) * multiplier - reference) : f32x16{};
         total_[v] = total_[v] + even + odd;
         const u32x16 pair = rounded_to_bf16(even) >> 16 | (rounded_to_bf16(odd) & 0xFFFF0000);
         store(t_.weights + (k / 2 * V + v) * 2 * kLanes, pair);

@@ -139,7 +139,7 @@ void for_panels(int64_t panels, int64_t size, const Make& make) {
 
 void multiply(const DotPass& p) {
   const int64_t panels = divide_up(p.g.cols, kPanel);
-  if (kernels().decoded && p.rows > kInlineRows && p.a.blocks > 0) {
+  if (kernels().decoded && p.rows > kInlineRows) {
     return for_panels(panels, kPair, [&] { return DecodedPair(p); });
   }
   const int64_t cached = std::min(p.rows, rows_in_cache(p.g));

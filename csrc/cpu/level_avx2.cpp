@@ -30,7 +30,7 @@ inline __m256 half_panel_scales(const uint8_t* bytes) {
       _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
   __m256 value = _mm256_mul_ps(
       _mm256_castsi256_ps(_mm256_slli_epi32(code, 20)), _mm256_set1_ps(0x1p120f));
-  __m256 is_nan = _mm256_castsi256_ps(_mm256_cmpeq_epi32(code, _mm256_set1_epi32(0x7F)));
+  __m256 is_nan = _mm256_castsi256_ps(_mm256_cmpgt_epi32(code, _mm256_set1_epi32(0x7E)));
   return _mm256_or_ps(value, is_nan);  // all bits set: NaN
 }
 

@@ -26,7 +26,7 @@ void nvfp4_gemm(const Gemm& g) {
   fill_columns(g, columns.data());
   if (g.bias) kernels().load_row(g.bias, g.bias_dtype, g.cols, bias.data());
   const TileKernels* tiles = kernels().tiles;
-  if (tiles && g.a_blocks > 0 && g.rows >= kPrefillRows) {
+  if (tiles && g.rows >= kPrefillRows) {
     prefill(*tiles, g, columns.data(), bias.data());
   } else {
     dot_gemm(g, columns.data(), bias.data());

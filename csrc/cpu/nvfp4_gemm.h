@@ -10,7 +10,7 @@ namespace arc {
 
 struct Gemm {
   int64_t rows, cols;            // M, N
-  int64_t a_blocks, b_blocks;    // K_aug / 16, K_b / 16
+  int64_t a_blocks, b_blocks;    // K_aug / 16 > 0, K_b / 16
   const uint8_t *a, *a_scale;    // [M, a_blocks * 8], [M, a_blocks]
   const uint8_t *b, *b_scale;    // [N, b_blocks * 8], [N, b_blocks], plain or in panels of 16 rows
   bool b_in_panels;

@@ -12,6 +12,7 @@ class Scratch {
  public:
   explicit Scratch(int64_t size) : size_(size) {
     if (size == 0) return;
+    if (size < 0 || size > (INT64_MAX - 63) / int64_t{sizeof(T)}) throw std::bad_alloc();
     const size_t bytes = (static_cast<size_t>(size) * sizeof(T) + 63) / 64 * 64;
     data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
     if (!data_) throw std::bad_alloc();

@@ -131,8 +131,9 @@ ARC_SHARED int e4m3_bits(float v) {
   return int(((u + 0x7FFFF + (u >> 20 & 1)) >> 20) - (120 << 3));
 }
 
+// fp32 value of the bits of a scale; those behind kNanScale have a sign and are none: NaN, too.
 ARC_SHARED float e4m3_value(int bits) {
-  if (bits == kNanScale) return bits_as<float>(0x7FC00000u);
+  if (bits >= kNanScale) return bits_as<float>(0x7FC00000u);
   return mul(bits_as<float>(uint32_t(bits) << 20), 0x1p120f);
 }
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from arc_ao.ops import producers
-from arc_ao.ops.checks import check
+from arc_ao.ops.checks import check, check_same
 from arc_ao.ops.cuda import library
 from arc_ao.ops.cuda.library import reason_absent
 from arc_ao.ops.layout import from_panels, swizzle, to_swizzled
-from arc_ao.ops.nvfp4_gemm import check_epilogue, check_operands, check_swizzled
+from arc_ao.ops.nvfp4_gemm import check_gemm
 from arc_ao.ops.quant_augment import augmented_shapes, check_augmentation, quant_augment_eager
 
 __all__ = [
@@ -46,7 +46,7 @@ def rms_norm_quant_augment(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`arc::rms_norm_quant_augment` on a GPU; arguments and errors as there."""
     op = "rms_norm_quant_augment"
-    producers.check_norm(x, weight, op)
+    producers.check_norm(op, x, weight)
     how = _Augmentation(x, op, *augmentation)
     if x.numel() == 0:
         return producers.rms_norm_quant_augment_eager(x, weight, eps, *augmentation)
@@ -58,8 +58,8 @@ def add_rms_norm_quant_augment(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`arc::add_rms_norm_quant_augment` on a GPU; arguments and errors as there."""
     op = "add_rms_norm_quant_augment"
-    producers.check_same(x, residual, op, "residual")
-    producers.check_norm(x, weight, op)
+    check_same(op, "residual", x, residual)
+    producers.check_norm(op, x, weight)
     how = _Augmentation(x, op, *augmentation)
     if x.numel() == 0:
         return producers.add_rms_norm_quant_augment_eager(x, residual, weight, eps, *augmentation)
@@ -73,7 +73,7 @@ def silu_mul_quant_augment(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`arc::silu_mul_quant_augment` on a GPU; arguments and errors as there."""
     op = "silu_mul_quant_augment"
-    producers.check_same(gate, up, op, "up")
+    check_same(op, "up", gate, up)
     how = _Augmentation(gate, op, *augmentation)
     if gate.numel() == 0:
         return producers.silu_mul_quant_augment_eager(gate, up, *augmentation)
@@ -108,20 +108,12 @@ class _Augmentation:
         plan: str = "",
         scale_layout: str = "plain",
     ) -> None:
-        check_augmentation(x, outer_scale, scale_mode, act_channels, block_scale, scale_layout, op)
+        check_augmentation(
+            op, x, act_blocks, weight_blocks, outer_scale, scale_mode, channel_order, act_channels,
+            block_scale, plan, scale_layout,
+        )  # fmt: skip
         given = (act_blocks, weight_blocks, channel_order, act_channels)
         self.ids = dict(zip(IDS, given, strict=True))
-        for name, tensor in {**self.ids, "outer_scale": outer_scale}.items():
-            _check_device(op, name, tensor, x)
-        for name in self.ids:
-            check(
-                self.ids[name] is None or self.ids[name].dtype == torch.int32,
-                f"{op}: {name} must be int32",
-            )
-        check(
-            channel_order is None or channel_order.shape == x.shape[-1:],
-            f"{op}: channel_order must have {x.shape[-1]} entries",
-        )
         self.op, self.x, self.scale_mode, self.outer_scale = op, x, scale_mode, outer_scale
         self.block_scale, self.scale_layout = block_scale, scale_layout
 
@@ -145,8 +137,6 @@ class _Augmentation:
             ids["act_channels"],
             self.scale_layout,
         )
-        for name, tensor in {"other": other, "weight": weight}.items():
-            _check_device(self.op, name, tensor, x)
         tensors = {"x": x, "other": other, "weight": weight, "sum": total, **ids}
         tensors |= {"outer_scale": self.outer_scale}
         # The kernels read rows one after the other; these references keep the copies alive.
@@ -186,10 +176,10 @@ def nvfp4_gemm(
     b_layout: str = "plain",
 ) -> Tensor:
     """`arc::nvfp4_gemm` on a GPU; arguments and errors as there."""
-    if b_layout == "swizzled":
-        check_swizzled(a, a_scale, b, b_scale)
-    else:
-        check_operands(a, a_scale, b, b_scale, act_blocks, base_blocks, b_layout)
+    check_gemm(
+        a, a_scale, a_outer, b, b_scale, b_outer, bias, out_dtype, act_blocks, base_blocks, b_layout
+    )
+    if b_layout != "swizzled":
         if b_layout == "panels":
             b, b_scale = from_panels(b, b_scale)
         if act_blocks is None:
@@ -198,11 +188,9 @@ def nvfp4_gemm(
             swizzle(a, a_scale),
             to_swizzled(b, b_scale, act_blocks, base_blocks),
         )
-    check_epilogue(a_outer, bias, a.shape[0], b.shape[0])
     tensors = {"a": a, "a_scale": a_scale, "a_outer": a_outer, "b": b, "b_scale": b_scale}
     tensors |= {"b_outer": b_outer, "bias": bias}
     tensors = {k: v.contiguous() for k, v in tensors.items() if v is not None}
-    _check_products(tensors, out_dtype)
     y = torch.empty((a.shape[0], b.shape[0]), dtype=out_dtype, device=a.device)
     if y.numel() == 0:
         return y
@@ -218,36 +206,6 @@ def nvfp4_gemm(
     )
     _multiply_on_device(arguments, a.device)
     return y
-
-
-def _check_products(tensors: dict[str, Tensor], out_dtype: torch.dtype) -> None:
-    for name, tensor in tensors.items():
-        _check_device("nvfp4_gemm", name, tensor, tensors["a"])
-        if name.endswith("outer"):
-            expected = (torch.float32,)
-        elif name == "bias":
-            expected = tuple(library.NUMBERS)
-        else:
-            expected = (torch.uint8,)
-        check(
-            tensor.dtype in expected,
-            f"nvfp4_gemm: {name} must be one of {expected}, got {tensor.dtype}",
-        )
-    check(
-        tensors["b_outer"].numel() == 1,
-        f"nvfp4_gemm: b_outer must be fp32 [1], got {list(tensors['b_outer'].shape)}",
-    )
-    check(
-        out_dtype in library.NUMBERS,
-        f"nvfp4_gemm: out_dtype must be bf16, fp16 or fp32, got {out_dtype}",
-    )
-
-
-def _check_device(op: str, name: str, tensor: Tensor | None, like: Tensor) -> None:
-    check(
-        tensor is None or tensor.device == like.device,
-        f"{op}: {name} is on {getattr(tensor, 'device', None)}, expected {like.device}",
-    )
 
 
 def _length(tensor: Tensor | None) -> int:

@@ -87,9 +87,10 @@ def encode_e4m3(x):
 
 @triton.jit
 def decode_e4m3(code):
-    """fp32 of e4m3 bits 0..0x7f (int32): exponent and mantissa in place, the bias by a product."""
+    """fp32 of e4m3 bits (int32), NaN from 0x7f on: exponent and mantissa in place, the bias by a
+    product."""
     value = (code << 20).to(tl.float32, bitcast=True) * TWO_POW_120
-    return tl.where(code == E4M3_NAN, float("nan"), value)
+    return tl.where(code >= E4M3_NAN, float("nan"), value)
 
 
 @triton.jit

@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arc_ao.ops.checks import check
 from arc_ao.ops.cuda import triton_inputs as inputs
 from arc_ao.ops.cuda import triton_quantize as kernels
 from arc_ao.ops.cuda.device import on_device
@@ -50,7 +49,7 @@ def rms_norm_quant_augment(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`rms_norm_quant_augment_eager` by the kernel."""
     op = "rms_norm_quant_augment"
-    check_norm(x, weight, op)
+    check_norm(op, x, weight)
     source = Source(inputs.RMS_NORM.value, x, weight=weight, eps=eps)
     return _run(op, source, *augmentation)[:3]
 
@@ -60,8 +59,8 @@ def add_rms_norm_quant_augment(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`add_rms_norm_quant_augment_eager` by the kernel."""
     op = "add_rms_norm_quant_augment"
-    check_same(x, residual, op, "residual")
-    check_norm(x, weight, op)
+    check_same(op, "residual", x, residual)
+    check_norm(op, x, weight)
     return _run(op, Source(inputs.ADD_RMS_NORM.value, x, residual, weight, eps), *augmentation)
 
 
@@ -70,7 +69,7 @@ def silu_mul_quant_augment(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`silu_mul_quant_augment_eager` by the kernel."""
     op = "silu_mul_quant_augment"
-    check_same(gate, up, op, "up")
+    check_same(op, "up", gate, up)
     return _run(op, Source(inputs.SILU_MUL.value, gate, up), *augmentation)[:3]
 
 
@@ -104,8 +103,10 @@ def _run(
     """qdata, scale, outer and, for ADD_RMS_NORM, the sum in the shape of x. Scales are plain:
     dispatch.py leaves swizzled ones to others."""
     x = source.first
-    check_augmentation(x, outer_scale, scale_mode, act_channels, block_scale, scale_layout, op)
-    check(x.shape[-1] > 0, f"{op}: x must have at least one channel, got {list(x.shape)}")
+    check_augmentation(
+        op, x, act_blocks, weight_blocks, outer_scale, scale_mode, channel_order, act_channels,
+        block_scale, plan, scale_layout,
+    )  # fmt: skip
     qdata, scale, outer = augmented_shapes(x, act_blocks, weight_blocks, scale_mode, act_channels)
     adds = source.kind == inputs.ADD_RMS_NORM.value
     total = torch.empty_like(x, memory_format=torch.contiguous_format) if adds else None

@@ -18,7 +18,7 @@ from arc_ao.ops.cuda import triton_rows
 from arc_ao.ops.cuda.device import on_device
 from arc_ao.ops.cuda.tuning import Rule, choose
 from arc_ao.ops.layout import from_panels
-from arc_ao.ops.nvfp4_gemm import check_epilogue, check_operands
+from arc_ao.ops.nvfp4_gemm import check_gemm
 
 BLOCK_BYTES = 8
 READ_LAYOUTS = ("plain", "panels")
@@ -49,8 +49,9 @@ def nvfp4_gemm(
 ) -> Tensor:
     """`nvfp4_gemm_eager` by the route that the GPU's table names, or by `rule`; `assembly` False
     runs what stands beside the kernels' PTX, as where they are interpreted."""
-    check_operands(a, a_scale, b, b_scale, act_blocks, base_blocks, b_layout)
-    check_epilogue(a_outer, bias, a.shape[0], b.shape[0])
+    check_gemm(
+        a, a_scale, a_outer, b, b_scale, b_outer, bias, out_dtype, act_blocks, base_blocks, b_layout
+    )
     check(b_layout in READ_LAYOUTS, f"nvfp4_gemm: Triton reads {READ_LAYOUTS}, got {b_layout!r}")
     if b_layout == "panels":  # of a weight that was packed for a CPU: right, and slow
         b, b_scale = from_panels(b, b_scale)

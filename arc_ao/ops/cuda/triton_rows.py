@@ -96,7 +96,7 @@ def multiply_rows(
             product = (total.to(tl.float32, bitcast=True) - ROUND) * x_scale[None, :]
             more += (sums[i] + product * w_scale,)
         sums = more
-    is_nan = tl.max(largest, axis=1)[None, :] == E4M3_NAN
+    is_nan = tl.max(largest, axis=1)[None, :] >= E4M3_NAN
     here = tl.minimum(n, columns - 1)
     for i in tl.static_range(BLOCK_M):
         total = tl.where(is_nan, float("nan"), tl.sum(sums[i], axis=1)[None, :] * FACTOR)

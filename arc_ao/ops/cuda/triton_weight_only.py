@@ -98,7 +98,7 @@ def multiply_by(
 ) -> Tensor:
     """`nvfp4_weight_only_gemm`, by `rule` where one is given; "row" is taken as "tiles", and fp32
     takes "decode"."""
-    check_weight_only(x, b, b_scale, bias, weight_blocks, b_layout)
+    check_weight_only(x, b, b_scale, b_outer, bias, weight_blocks, b_layout)
     if b_layout == "panels":  # of a weight that was packed for a CPU: right, and slow
         b, b_scale = from_panels(b, b_scale)
     rows = x.detach().reshape(-1, x.shape[-1])  # [M, K]
