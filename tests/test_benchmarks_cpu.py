@@ -18,6 +18,7 @@ import bench_cpu_gemm  # noqa: E402
 import bench_cpu_model  # noqa: E402
 import bench_guards  # noqa: E402
 import cpu_providers  # noqa: E402
+import load_time  # noqa: E402
 import probes  # noqa: E402
 import timing  # noqa: E402
 
@@ -176,3 +177,13 @@ def test_compiler_benchmark_counts_and_packs():
     verdicts = {line["name"]: line["verdict"] for line in lines}
     assert verdicts.pop('compile time, backend "arc" over plain') == "not measured"
     assert len(verdicts) == 12 and set(verdicts.values()) == {"PASS"}
+
+
+@pytest.mark.parametrize("bound, code", [("1e9", 0), ("0", 1)])
+def test_load_time_checks_the_ratio(bound, code, capsys):
+    """Its last line has the seconds of both loads; --check turns the verdict into the exit code."""
+    options = ["--linears", "7", "--rounds", "1", "--bound", bound, "--check"]
+    assert load_time.main(options) == code
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document["seconds"]["7"].keys() == {"bf16", "arc_ao"}
+    assert document["passed"] is (code == 0)

@@ -118,6 +118,13 @@ def test_a_base_checkpoint_opens_with_a_head(tmp_path):
     assert_equal_models(base, headed.model)
 
 
+def test_a_checkpoint_in_several_files_loads(causal_dir, tmp_path):
+    model, _ = causal_dir
+    model.save_pretrained(tmp_path / "saved", max_shard_size="20KB")
+    assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 2
+    assert_equal_models(model, AutoModelForCausalLM.from_pretrained(tmp_path / "saved"))
+
+
 def test_weights_of_another_library_load_beside_ours(tmp_path):
     """One layer in int8 by torchao, the rest by ARCConfig."""
     model = tiny_llama(num_hidden_layers=1).to(torch.bfloat16)

@@ -70,6 +70,11 @@ class Saved:
         described["_data"] |= changes
         self.metadata[f"{self.layer}.weight"] = json.dumps(described)
 
+    def retype(self, name: Any) -> None:
+        """Change the name of the class in the metadata."""
+        described = json.loads(self.metadata[f"{self.layer}.weight"])
+        self.metadata[f"{self.layer}.weight"] = json.dumps(described | {"_type": name})
+
     def promise(self, change: Callable[[list[str]], Any]) -> None:
         """Change the names of the promised tensors in the metadata."""
         described = json.loads(self.metadata[f"{self.layer}.weight"])
@@ -114,6 +119,12 @@ def copy_from_other(saved: Saved) -> None:
     for name in saved.names():
         suffix = name.rpartition("._weight_")[2]
         saved.tensors[name] = saved.tensors[f"model.layers.0.{other}._weight_{suffix}"].clone()
+
+
+def unlist(saved: Saved) -> None:
+    names = json.loads(saved.metadata["tensor_names"])
+    names.remove(f"{saved.layer}.weight")
+    saved.metadata["tensor_names"] = json.dumps(names)
 
 
 def add_float(saved: Saved) -> None:
@@ -165,6 +176,12 @@ REFUSED: dict[str, tuple[str, Callable[[Saved], Any]]] = {
     "block scale by config": ("blocks", lambda s: s.describe(activation_block_scale="mse")),
     "unknown block scale": ("blocks", lambda s: s.describe(activation_block_scale="best")),
     "unknown attribute": ("blocks", lambda s: s.describe(group_size=16)),
+    "unknown type": ("blocks", lambda s: s.retype(s.random.choice(("Tensor", "ARCTensr", 3)))),
+    "unlisted": ("blocks", unlist),
+    "config: no number": ("blocks", lambda s: s.configure(num_act_channels="many")),
+    "config: no choice": ("channels", lambda s: s.configure(granularity="row")),
+    "config: no field": ("branch", lambda s: s.configure(group_size=32)),
+    "config: no config": ("blocks", lambda s: s.layers.update({s.layer: "ARCConfig"})),
     "config: channels": ("blocks", lambda s: s.configure(num_act_channels=16)),
     "config: granularity": ("channels", lambda s: s.configure(granularity="block")),
     "config: order": ("channels", lambda s: s.configure(channel_order="none")),

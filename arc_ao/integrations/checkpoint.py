@@ -52,7 +52,7 @@ class Checkpoint:
         self.own_names = OWN_NAMES in metadata
         described = _parsed("tensor_names", metadata.get("tensor_names", "[]"), list)
         self.descriptions = {
-            name: _parsed(name, metadata.get(name, "null"), dict) for name in described
+            name: _parsed(name, metadata.get(name, "null"), dict) for name in map(str, described)
         }
 
     @property
@@ -152,9 +152,8 @@ class WeightDeserializer(ConversionOps):
                 f"{layer}: the metadata promises the tensors {promised}, found "
                 f"{sorted(tensors)}; {REMEDY}"
             )
-        if description.get("_type") != ARCTensor.__name__:  # of another library
-            data = description["_data"] | tensors
-            return object_from_dict(description | {"_data": data})
+        if description.get("_type") != ARCTensor.__name__:
+            return _of_another_library(layer, description, tensors)
         settings = _settings(layer, description)
         check_weight(layer, tensors, settings)
         weight = ARCTensor(**tensors, **settings, input_plan=input_digest(tensors, settings))
@@ -265,6 +264,17 @@ def _parsed(name: str, text: str, kind: type) -> Any:
     if not isinstance(value, kind):
         raise ValueError(f"{name}: expected metadata in a {kind.__name__}, found {text}; {REMEDY}")
     return value
+
+
+def _of_another_library(
+    layer: str, description: dict[str, Any], tensors: dict[str, Tensor]
+) -> Tensor:
+    """A weight that torchao knows: one layer of a mixed FqnToConfig."""
+    try:
+        data = description["_data"] | tensors
+        return object_from_dict(description | {"_data": data})
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{layer}: {error}; {REMEDY}") from error
 
 
 def _single_tensors(layer: str, collected: dict[str, list[Tensor]]) -> dict[str, Tensor]:

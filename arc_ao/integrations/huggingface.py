@@ -68,7 +68,6 @@ class ArcHfConfig(TorchAoConfig):
         kwargs.pop("hint", None)
         super().__init__(quant_type, **kwargs)
         self.quant_method = METHOD
-        self._described: dict[str, Any] | None = None  # of quant_type, for config.json
 
     def get_apply_tensor_subclass(self) -> AOBaseConfig:
         """What torchao's `quantize_` is to do to a linear: of a model that is quantized already,
@@ -81,10 +80,7 @@ class ArcHfConfig(TorchAoConfig):
     def to_dict(self) -> dict[str, Any]:
         """Dictionary for config.json, with a hint for readers that lack arc_ao. What a layer's
         config has by default is left out."""
-        if self._described is None:
-            self._described = {"default": described(self.quant_type)}
-        fields = {k: v for k, v in vars(self).items() if not k.startswith("_")}
-        return fields | {"quant_type": self._described, "hint": HINT}
+        return vars(self) | {"quant_type": {"default": described(self.quant_type)}, "hint": HINT}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "ArcHfConfig":
@@ -94,7 +90,7 @@ class ArcHfConfig(TorchAoConfig):
             ValueError: it names something else than classes of configs and their fields.
         """
         fields = {name: value for name, value in config_dict.items() if name != "quant_type"}
-        return cls(config_from(config_dict["quant_type"]["default"]), **fields)
+        return cls(config_from(config_dict.get("quant_type", {}).get("default")), **fields)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ArcHfConfig":
         """Itself: transformers copies the model's config for every use, with one config a layer,
@@ -139,6 +135,8 @@ class ArcHfQuantizer(TorchAoHfQuantizer):
 
     def set_metadata(self, checkpoint_files: list[str]) -> None:
         """Read what the files hold, before any weight is loaded."""
+        if not checkpoint_files[0].endswith(".safetensors"):
+            return  # pickled: whole weights
         self.checkpoint = Checkpoint(checkpoint_files, self.quantization_config.quant_type)
 
     def _process_model_before_weight_loading(

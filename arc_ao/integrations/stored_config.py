@@ -17,27 +17,36 @@ from torchao.quantization import FqnToConfig
 from arc_ao.config import ARCConfig
 
 
-def config_from(stored: dict[str, Any]) -> AOBaseConfig:
+def config_from(stored: Any) -> AOBaseConfig:
     """The config that `described`, or torchao's `config_to_dict`, describes.
 
     Layers that are alike share one.
 
     Raises:
-        ValueError: a name of anything but a class of configs or of their fields.
+        ValueError: no such description, or a name of anything but a class of configs or of their
+            fields; of a layer's config, naming the layer.
     """
+    if not isinstance(stored, dict) or not isinstance(stored.get("_data"), dict):
+        raise ValueError(
+            f"quantization_config of config.json: expected a described config, found {stored!r}"
+        )
     if stored.get("_type") != FqnToConfig.__name__:
         _check_types(stored)
         return config_from_dict(stored)
-    layers = _layers(stored)
-    alike = {repr(inner): inner for inner in layers.values()}
-    known = {text: inner and config_from(inner) for text, inner in alike.items()}
+    fields = stored["_data"]
+    layers = fields.get("fqn_to_config") or fields.get("module_fqn_to_config") or {}
+    known: dict[str, AOBaseConfig | None] = {"None": None}
+    for layer, inner in layers.items():
+        if repr(inner) not in known:
+            known[repr(inner)] = _layer_config(layer, inner)
     return FqnToConfig({layer: known[repr(inner)] for layer, inner in layers.items()})
 
 
-def _layers(stored: dict[str, Any]) -> dict[str, Any]:
-    """Layer -> stored config, or None, of a stored FqnToConfig."""
-    fields = stored["_data"]
-    return fields.get("fqn_to_config") or fields.get("module_fqn_to_config") or {}
+def _layer_config(layer: str, stored: Any) -> AOBaseConfig:
+    try:
+        return config_from(stored)
+    except ValueError as error:
+        raise ValueError(f"{layer}: {error}") from error
 
 
 def described(config: AOBaseConfig | None) -> dict[str, Any] | None:
