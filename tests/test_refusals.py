@@ -172,14 +172,15 @@ def test_activations_that_are_not_finite_are_refused():
 
 @pytest.mark.parametrize("phase", ["calibrate", "search"])
 def test_a_failure_before_conversion_changes_nothing(phase):
-    """The second batch, or a trial of the search; in train mode but for a part."""
+    """The second batch, after the forward that tries the model out, or a trial of the search; in
+    train mode but for a part."""
     model = small_llama().train()
     down, calls = model.model.eval().get_submodule("layers.0.mlp.down_proj"), []
     forward = down.forward
 
     def failing_forward(x):
         calls.append(isinstance(down.weight, ARCTensor))
-        if (phase == "search" and calls[-1]) or (phase == "calibrate" and len(calls) == 2):
+        if (phase == "search" and calls[-1]) or (phase == "calibrate" and len(calls) == 3):
             raise ZeroDivisionError
         return forward(x)
 
