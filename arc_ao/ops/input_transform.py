@@ -58,14 +58,10 @@ def _check(x: Tensor, input_scale: Tensor | None, rotation: Tensor | None) -> No
         check_tensor(op, "input_scale", input_scale, FP32, (channels,), x.device)
     if rotation is not None:
         check_tensor(op, "rotation", rotation, SIGNS, (None, None), x.device)
-        height, width = rotation.shape
-        check(
-            height == width and height > 0 and channels % height == 0,
-            lambda: (
-                f"{op}: x has {channels} channels, no multiple of the rotation's "
-                f"{list(rotation.shape)}"
-            ),
-        )
+        size = rotation.shape[0]
+        check_tensor(op, "rotation", rotation, SIGNS, (size, size), x.device)
+        message = f"{op}: x has {channels} channels, no multiple of the rotation's {size}"
+        check(size > 0 and channels % size == 0, message)
 
 
 def project_down_eager(x: Tensor, down: Tensor, plan: str = "") -> Tensor:
