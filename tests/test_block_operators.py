@@ -148,7 +148,17 @@ def test_opcheck(rows):
     torch.library.opcheck(block_residuals, (values, scale))
 
 
-FLAT = "values must be fp32 \\[N, K\\] with K a positive multiple of 16, got "
+FLAT = "values must be fp32 \\[N, K\\] with K a multiple of 16, got "
+
+
+def test_no_columns():
+    """A weight without residual blocks, of as many rows as a size can say."""
+    values, scale = torch.empty(3, 0), torch.empty(3, 0, dtype=torch.uint8)
+    assert search_block_scales(values, None).shape == (3, 0)
+    for n in (3, 1 << 62):
+        values, scale = torch.empty(n, 0), torch.empty(n, 0, dtype=torch.uint8)
+        assert encode_blocks(values, scale).shape == (n, 0)
+        assert block_residuals(values, scale).shape == (n, 0)
 
 
 @pytest.mark.parametrize(
