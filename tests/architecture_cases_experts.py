@@ -100,7 +100,6 @@ EXPERT_DECODERS = [
     relative("Dots1", DENSE_FIRST, left=FUSED),
     relative("FlexOlmo", FOUR_EXPERTS, left=FUSED),
     relative("HunYuanMoEV1", FOUR_EXPERTS | {"moe_topk": 2}, left=FUSED),
-    relative("Ernie4_5_Moe", EXPERTS | {"moe_num_experts": 4, "moe_k": 2}, left=FUSED),
 ]
 
 MAMBA = {"hidden_size": 64, "num_hidden_layers": 1, "state_size": 16, "time_step_rank": 16}
@@ -162,7 +161,7 @@ STATE_SPACE = [
         ),
     ),
     causal("Rwkv", RWKV, refused="rescale_every=0"),
-    causal("Rwkv", RWKV | {"rescale_every": 0}, left=("head",), note="not rescaled"),
+    causal("Rwkv", RWKV | {"rescale_every": 0}, left=("head",), note="rescale_every=0"),
     causal("Bamba", TWO_LAYERS | MAMBA_HEADS | {"attn_layer_indices": [1]}),
     causal("Lfm2", CONVOLUTION | {"block_auto_adjust_ff_dim": False}),
     causal(
@@ -194,7 +193,11 @@ STATE_SPACE = [
         | {"shared_intermediate_size": 32},
         left=weights("block_sparse_moe.experts"),
     ),
-    relative("Lfm2Moe", FOUR_EXPERTS | CONVOLUTION | {"num_dense_layers": 1}, left=FUSED),
+    relative(
+        "Lfm2Moe",
+        FOUR_EXPERTS | CONVOLUTION | {"num_dense_layers": 1},
+        left=weights("feed_forward.experts"),
+    ),
     relative(
         "MiniMax",
         FOUR_LOCAL_EXPERTS

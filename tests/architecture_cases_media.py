@@ -1,4 +1,4 @@
-"""Vision, audio and time series models in the table of architectures."""
+"""Vision and audio models, and one of time series, in the table of architectures."""
 
 import torch
 from architecture_case import (
@@ -220,6 +220,7 @@ AUDIO = [
         "PatchTSTForPrediction",
         PATCH_SERIES,
         lambda generator: {"past_values": noise(generator, 2, 32, 2).float()},
+        ("head.projection", "model.encoder.embedder.input_embedding"),
         dtype=torch.float32,
     ),
 ]

@@ -1,10 +1,11 @@
 """Every architecture of the table: quantized, run, saved, loaded with equal outputs, or refused."""
 
 import re
+from pathlib import Path
 
 import pytest
 import transformers
-from architectures import FAMILIES, report, run
+from architectures import FAMILIES, report, run, supported
 
 RECIPES = ("auto", "balanced")  # the default, and one that measures nothing
 TABLE = [architecture for rows in FAMILIES.values() for architecture in rows]
@@ -33,6 +34,12 @@ def quiet_transformers():
     yield
     transformers.logging.set_verbosity(verbosity)
     transformers.logging.enable_progress_bar()
+
+
+def test_the_list_of_architectures_is_the_tables():
+    """`python tests/architectures.py > benchmarks/results/architectures.md` writes it anew."""
+    results = Path(__file__).parents[1] / "benchmarks" / "results"
+    assert (results / "architectures.md").read_text() == supported()
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

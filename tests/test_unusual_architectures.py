@@ -79,7 +79,7 @@ def test_marked_as_loading_marks(tmp_path):
 
 def test_rescaling_can_be_done_without():
     """What the refusal of RWKV tells to do gives the same outputs."""
-    rescaling, steady = ROWS["RwkvForCausalLM"], ROWS["RwkvForCausalLM, not rescaled"]
+    rescaling, steady = ROWS["RwkvForCausalLM"], ROWS["RwkvForCausalLM, rescale_every=0"]
     model, other = rescaling.build().float(), steady.build().float()
     model.config.rescale_every = 1  # the second block's weights are halved
     batch = next(rescaling.batches(1))
