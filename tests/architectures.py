@@ -163,10 +163,10 @@ def supported() -> str:
     table = [row for rows in FAMILIES.values() for row in rows]
     lines = [
         f"{sum(not row.refused for row in table)} model classes of transformers, as tiny random",
-        "models: quantized by the default recipe and by `balanced`, run, saved, and loaded with the",
-        "same outputs, bit for bit. Output heads and routers stay in 16 bits, and so do fused",
-        "experts and weights that others than `nn.Linear` read: `tests/architecture_cases_*.py` list",
-        "them all. Printed by `python tests/architectures.py`, checked by",
+        "models: quantized by the default recipe and by `balanced`, run, saved, and loaded with",
+        "the same outputs, bit for bit. Output heads and routers stay in 16 bits, and so do fused",
+        "experts and weights that others than `nn.Linear` read; `tests/architecture_cases_*.py`",
+        "list them all. Printed by `python tests/architectures.py`, checked by",
         "`pytest tests/test_architectures.py`.",
         "",
         "| family | quantized | refused, saying why |",
