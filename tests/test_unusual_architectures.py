@@ -74,7 +74,7 @@ def test_marked_as_loading_marks(tmp_path):
     row.build().save_pretrained(tmp_path)
     model = load(row, tmp_path)
     quantize(row, model, "balanced")
-    assert model.is_quantized and model.config._is_quantized
+    assert model.config._is_quantized
 
 
 def test_rescaling_can_be_done_without():

@@ -209,18 +209,16 @@ def register() -> None:
 
 
 def attach_quantizer(model: nn.Module) -> None:
-    """Let a quantized transformers model save itself, and mark it as loading does, since some
-    architectures then compute otherwise; other modules are left alone."""
+    """Let a quantized transformers model save itself; other modules are left alone."""
     if not isinstance(model, PreTrainedModel):
         return
     layers = {name: loading_config(tensor) for name, tensor in arc_tensors(model).items()}
     config = ArcHfConfig(FqnToConfig(layers))
     model.hf_quantizer = ArcHfQuantizer(config, pre_quantized=True)
     model.config.quantization_config = config
-    model.is_quantized, model.quantization_method = True, METHOD
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
-            part.config._is_quantized = True
+            part.config._is_quantized = True  # as loading does: FalconMamba then rounds otherwise
 
 
 def save_pretrained(model: PreTrainedModel, directory: str | Path, tokenizer: Any = None) -> Path:
