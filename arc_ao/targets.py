@@ -62,6 +62,7 @@ def collect_targets(
     Raises:
         ValueError: a chosen layer that cannot be quantized, naming it; or no layer chosen at all.
     """
+    _refuse_rescaling(model)
     targets, heads = Targets(), output_heads(model)
     embeddings = {
         id(module.weight): name
@@ -86,9 +87,22 @@ def collect_targets(
     _skip_ragged(targets)
     targets.skipped |= unusual
     refuse_no_targets(model, targets)
-    warn_of_left(unusual)
+    others = _other_linears(model)
+    targets.skipped |= others
+    warn_of_left(unusual | others)
     _skip_fused_experts(model, targets)
     return targets
+
+
+def _refuse_rescaling(model: nn.Module) -> None:
+    """RWKV divides weights by powers of two when it is first evaluated, and again when loaded."""
+    if getattr(getattr(model, "config", None), "rescale_every", 0):
+        raise ValueError(
+            f"{type(model).__name__}: expected weights that a forward does not change, found "
+            f"config.rescale_every={model.config.rescale_every}, by which it rescales some when it "
+            "is first evaluated, and once more after saving and loading; load it by "
+            "from_pretrained(..., rescale_every=0), which computes the same without rescaling"
+        )
 
 
 def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
@@ -166,19 +180,31 @@ def _is_other_linear(module: nn.Module) -> bool:
     return not isinstance(module, nn.Linear) and ("Linear" in name or name == "Conv1D")
 
 
+def _other_linears(model: nn.Module) -> dict[str, str]:
+    """Linears of other classes by name -> why they stay as they are."""
+    return {
+        name: f"{type(module).__name__} is no nn.Linear"
+        for name, module in model.named_modules()
+        if _is_other_linear(module) and "weight" in module._parameters
+    }
+
+
 def _skip_fused_experts(model: nn.Module, targets: Targets) -> None:
-    """List 3-D weights, such as those of fused experts, which stay as they are, and warn once."""
+    """List weights of fused experts and other 3-D ones, which stay as they are, and warn once."""
     convolution = (nn.modules.conv._ConvNd, ParametrizationList)  # weight norm splits its weight
     names = []
     for name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
-            several = parameter.dim() == 3 and parameter.shape[0] > 1  # [1, T, K] is an embedding
-            if several and not isinstance(module, convolution):
+            several = (
+                parameter.dim() == 3 and min(parameter.shape) > 1
+            )  # no [1, T, K], no [N, 1, 1]
+            several |= parameter.dim() == 2 and "experts" in name.split(".")  # [experts * N, K]
+            if several and not isinstance(module, (nn.Linear, *convolution)):
                 names.append(f"{name}.{key}" if name else key)
-    targets.skipped |= dict.fromkeys(names, "3-D weights (fused experts) are not supported")
+    targets.skipped |= dict.fromkeys(names, "fused experts and 3-D weights are not supported")
     if names:
         warnings.warn(
-            f"{len(names)} 3-D weights, such as fused experts, stay unquantized: "
+            f"{len(names)} weights of fused experts, or of 3 dimensions, stay unquantized: "
             f"{', '.join(names)}",
             stacklevel=3,
         )

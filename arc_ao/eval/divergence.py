@@ -33,9 +33,10 @@ def model_output(output: Any) -> Tensor:
 
     That is `.logits` if present, else `.last_hidden_state` (or these keys of a dictionary), else
     the first tensor of a tuple or list, else the tensor itself; of floating point and with at least
-    one dimension, which a loss has not. Raises NotComparableError for anything else.
+    one dimension, which a loss has not. Logits of pixels, [B, C, H, W], come as [B, H, W, C].
+    Raises NotComparableError for anything else.
     """
-    named = [_field(output, name) for name in ("logits", "last_hidden_state")]
+    named = [_classes_last(_field(output, "logits")), _field(output, "last_hidden_state")]
     several = list(output) if isinstance(output, (tuple, list)) else []
     for value in [*named, output, *several]:
         if _is_comparable(value):
@@ -44,6 +45,10 @@ def model_output(output: Any) -> Tensor:
         "output: expected .logits, .last_hidden_state, a tensor or a tuple with one, got "
         f"{type(output).__name__}" + (f" of {list(output)}" if isinstance(output, dict) else "")
     )
+
+
+def _classes_last(logits: Any) -> Any:
+    return logits.movedim(1, -1) if isinstance(logits, Tensor) and logits.dim() == 4 else logits
 
 
 def _is_comparable(value: Any) -> bool:

@@ -15,7 +15,6 @@ from torch import Tensor
 from arc_ao.eval.divergence import CHUNK_ELEMENTS, is_logits, model_output
 
 
-@torch.no_grad()
 def score_gradient(
     output: Any, kept: Tensor | None, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, int]:
@@ -28,14 +27,24 @@ def score_gradient(
         generator: on the CPU, for the same draws on every device.
     """
     value = model_output(output)
+    with torch.no_grad():
+        gradient, count = _gradient(value, kept, is_logits(output), generator)
+    return value, gradient, count
+
+
+def _gradient(
+    value: Tensor, kept: Tensor | None, logits: bool, generator: torch.Generator
+) -> tuple[Tensor, int]:
+    """Gradient of a score with respect to `value`, and the number of tokens that count."""
     size = value.shape[-1]
-    rows, gradient = value.detach().reshape(-1, size), torch.zeros_like(value).view(-1, size)
+    rows = value.detach().reshape(-1, size)
+    gradient = torch.zeros_like(rows, memory_format=torch.contiguous_format)
     tokens = torch.arange(len(rows)) if kept is None else kept.flatten().nonzero()[:, 0].cpu()
-    one = _of_logits if is_logits(output) else _of_hidden
+    one = _of_logits if logits else _of_hidden
     for chunk in tokens.split(max(1, CHUNK_ELEMENTS // size)):
         chunk = chunk.to(rows.device)
         gradient[chunk] = one(rows[chunk].float(), generator).to(gradient.dtype)
-    return value, gradient.view_as(value), len(tokens)
+    return gradient.view_as(value), len(tokens)
 
 
 def _of_logits(logits: Tensor, generator: torch.Generator) -> Tensor:

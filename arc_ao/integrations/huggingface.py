@@ -216,6 +216,9 @@ def attach_quantizer(model: nn.Module) -> None:
     config = ArcHfConfig(FqnToConfig(layers))
     model.hf_quantizer = ArcHfQuantizer(config, pre_quantized=True)
     model.config.quantization_config = config
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.config._is_quantized = True  # as loading does: FalconMamba then rounds otherwise
 
 
 def save_pretrained(model: PreTrainedModel, directory: str | Path, tokenizer: Any = None) -> Path:
