@@ -70,7 +70,8 @@ def _export(args: argparse.Namespace) -> None:
     check_output(args.output)
     model, tokenizer = load_model(args.model, trust_remote_code=args.trust_remote_code)
     text = read_text(args.calib or MIXED_TEXT)
-    window = min(512, getattr(model.config, "max_position_embeddings", 512))
+    text_config = model.config.get_text_config()
+    window = min(512, getattr(text_config, "max_position_embeddings", None) or 512)
     batches = text_batches(tokenizer, text, window=window, max_tokens=args.calib_tokens)
     export_checkpoint(
         model, args.output, args.format, tokenizer=tokenizer, calibration_data=batches
