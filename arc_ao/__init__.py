@@ -4,6 +4,9 @@ import arc_ao.quiet_import  # noqa: F401, I001  (before anything imports torchao
 import arc_ao.tensor_ops  # noqa: F401  (registers them)
 import arc_ao.tensor_reads  # noqa: F401  (likewise)
 from arc_ao.calibration.data import calibrate
+from arc_ao.checkpoints.add_residuals import add_residuals_
+from arc_ao.checkpoints.export import export_checkpoint
+from arc_ao.checkpoints.read import import_checkpoint
 from arc_ao.config import ARCConfig
 from arc_ao.config_budget import BudgetConfig
 from arc_ao.config_family import ARHQConfig, NVFP4Config, SERQConfig, SVDQuantConfig
@@ -28,13 +31,16 @@ __all__ = [
     "QuantizationSummary",
     "SERQConfig",
     "SVDQuantConfig",
+    "add_residuals_",
     "calibrate",
     "convert_arc",
     "disable_inductor_passes",
     "enable_inductor_passes",
     "env_report",
     "explain",
+    "export_checkpoint",
     "export_package",
+    "import_checkpoint",
     "library_path",
     "pack_weights_",
     "prepare_arc",

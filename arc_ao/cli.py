@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from arc_ao.checkpoints.commands import add_commands as add_checkpoint_commands
 from arc_ao.cli_arguments import add_command, add_trust, at_least, console
 from arc_ao.cli_compare import add_eval, add_explain, add_report
 from arc_ao.output_folder import check_file, check_output, check_space, write_or_keep
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     add_eval(commands)
     add_report(commands)
     add_explain(commands)
+    add_checkpoint_commands(commands)
     env = add_command(commands, "env", _env, "versions, instruction sets, the backend of every op")
     env.add_argument("--json", action="store_true", help="print JSON")
     return parser
@@ -134,6 +136,11 @@ def _add_quantize(commands: Any) -> None:
         "--resume", type=Path, metavar="DIR", help="keep finished blocks here and go on from them"
     )
     quantize.add_argument("--pad-in-features", action="store_true")
+    quantize.add_argument(
+        "--exportable",
+        action="store_true",
+        help="keep to layers that other engines can hold, so that `arc-ao export` takes the model",
+    )
     names = {"action": "append", "default": [], "metavar": "PATTERN"}
     quantize.add_argument(
         "--include",
@@ -178,7 +185,7 @@ def _quantize(args: argparse.Namespace) -> None:
     given = {name: getattr(args, name) for name in fields}
     given = {name: value for name, value in given.items() if value is not None}
     kind = ARCConfig if args.extra_bits is None else BudgetConfig
-    config = kind(pad_in_features=args.pad_in_features, **given)
+    config = kind(pad_in_features=args.pad_in_features, exportable=args.exportable, **given)
     model, tokenizer = load_model(args.model, trust_remote_code=args.trust_remote_code)
     chosen = choose_by_name(model, config, args.include, args.exclude)
     check_space(args.output, _least_bytes(model, chosen))

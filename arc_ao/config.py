@@ -11,6 +11,7 @@ from torchao.core.config import AOBaseConfig
 from arc_ao.formats.nvfp4 import BLOCK_SIZE, BlockScale
 from arc_ao.recipes import (
     CHOICES,
+    EXPORTABLE,
     RECIPES,
     SAMPLE_TOKENS,
     SEARCHED_FIELDS,
@@ -96,6 +97,10 @@ class ARCConfig(AOBaseConfig):
             layer.
         activation: "nvfp4" quantizes activations (W4A4); "bf16" leaves them as they are (W4A16):
             the memory saving alone, with weight residuals only; budget=0 needs no calibration.
+        exportable: keep to layers that engines without arc_ao can hold, so that
+            `export_checkpoint` takes the model: channels in their own order, residuals of whole
+            blocks, no channel scales, rotation, branch or padding, and one outer scale for linears
+            that share an input, for which it needs calibration data.
         step: None (one call), or torchao's steps "prepare", "convert", "prepare_for_loading".
 
     Raises:
@@ -126,6 +131,7 @@ class ARCConfig(AOBaseConfig):
     tuning_minutes: float = 20.0
     pad_in_features: bool = False
     activation: Activation = "nvfp4"
+    exportable: bool = False
     step: Step | None = None
     version: int = 1
     four_over_six: InitVar[bool | None] = None
@@ -145,6 +151,7 @@ class ARCConfig(AOBaseConfig):
         if self.exchange_rate is not None:
             self.exchange_rate = _checked_rate(self.exchange_rate)
         self._check_activation()
+        self._check_exportable()
         self._check_numbers()
 
     def _take_old_spelling(self, four_over_six: bool | None) -> None:
@@ -187,6 +194,23 @@ class ARCConfig(AOBaseConfig):
                 raise ValueError(
                     f"ARCConfig.{field} must be {value!r} or None with activation='bf16', got "
                     f"{getattr(self, field)!r}"
+                )
+            setattr(self, field, value)
+
+    def _check_exportable(self) -> None:
+        """Settle what exportable=True settles; refuse what contradicts it."""
+        if not self.exportable:
+            return
+        if self._recipe_value("channel_order") != "none":
+            raise ValueError(
+                f"ARCConfig.recipe={self.recipe!r} sorts channels, which exportable=True excludes; "
+                "take recipe='auto', 'best', 'tuned', 'balanced' or 'plain'"
+            )
+        for field, value in EXPORTABLE.items():
+            if getattr(self, field) not in (None, value):
+                raise ValueError(
+                    f"ARCConfig.{field} must be {value!r} or None with exportable=True, got "
+                    f"{getattr(self, field)!r}; other engines hold no such layer"
                 )
             setattr(self, field, value)
 
@@ -290,6 +314,8 @@ class ARCConfig(AOBaseConfig):
         static = resolved.activation_scale == "static"
         is_sorted = resolved.channel_order != "none"
         transformed = self.smooth != "none" or self.rank > 0
+        if self.exportable:  # tells which linears share an input, and so an outer scale
+            return True
         return self.has_residuals or static or is_sorted or transformed or self.needs_hessian
 
     @property

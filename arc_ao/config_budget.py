@@ -61,6 +61,11 @@ class BudgetConfig(ARCConfig):
         self._refuse_settled()
 
     def _refuse_settled(self) -> None:
+        if self.exportable and self.methods != ["residual"]:
+            raise ValueError(
+                f"BudgetConfig.methods must be ['residual'] with exportable=True, got "
+                f"{self.methods}; other engines hold none of the others"
+            )
         for field in SETTLED:
             if getattr(self, field) not in (0, None, "none"):
                 raise ValueError(

@@ -371,6 +371,6 @@ def _require_data(groups: list[tuple[AOBaseConfig, Any]], data: Iterable[Any] | 
     if data is None and any(config.needs_calibration for config in configs):
         raise ValueError(
             "expected calibration_data for residual channels, channel scales or a low-rank branch, "
-            "found None; pass batches of input ids (a few thousand tokens of typical text), or use "
-            "NVFP4Config() for plain NVFP4"
+            "or with exportable=True, found None; pass batches of input ids (a few thousand "
+            "tokens of typical text), or use NVFP4Config() for plain NVFP4"
         )

@@ -74,6 +74,15 @@ WEIGHT_ONLY: dict[str, Any] = {
     "rotation": 0,
     "rank": 0,
 }
+# What exportable=True leaves: layers that engines without arc_ao can hold (checkpoints/).
+EXPORTABLE: dict[str, Any] = {
+    "channel_order": "none",
+    "granularity": "block",
+    "smooth": "none",
+    "rotation": 0,
+    "rank": 0,
+    "pad_in_features": False,
+}
 CHOICES: dict[str, tuple[Any, ...]] = {
     "activation": ("nvfp4", "bf16"),
     "recipe": tuple(RECIPES),
@@ -90,5 +99,6 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "rotation": (0, 16, 32, 64, 128),
     "branch": ("svd", "arhq"),
     "pad_in_features": (True, False),
+    "exportable": (True, False),
     "step": ("prepare", "convert", "prepare_for_loading", None),
 }

@@ -1,7 +1,7 @@
 """What quantize_ did: the config it settled on, candidates tried, layers, bytes."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torchao.core.config import config_to_dict
@@ -9,9 +9,11 @@ from torchao.core.config import config_to_dict
 from arc_ao.config import ARCConfig
 from arc_ao.cost import PLAIN_BITS, extra_cost
 from arc_ao.methods.few_tokens import RoundingNote
-from arc_ao.methods.recipe import Trial
 from arc_ao.methods.tuning.record import TuningRecord
 from arc_ao.tensor import ARCTensor
+
+if TYPE_CHECKING:  # reads, by way of plans and the Fisher information, what a model is
+    from arc_ao.methods.recipe import Trial
 
 SUMMARY = "_arc_summary"  # attribute of a quantized model
 SOURCE = "_arc_source"  # attribute of a model whose weights were quantized before: what they were
@@ -90,7 +92,7 @@ class QuantizationSummary:
 
 def summarize(
     model: nn.Module,
-    resolved: list[tuple[ARCConfig, list[Trial]]],
+    resolved: list[tuple[ARCConfig, list["Trial"]]],
     skipped: dict[str, str],
     bytes_before: int,
     choices: dict[str, dict[str, Any]] | None = None,

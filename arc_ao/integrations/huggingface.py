@@ -27,6 +27,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
 from arc_ao import config_classes
+from arc_ao.checkpoints.read import import_checkpoint, is_checkpoint
 from arc_ao.checks_on_load import REMEDY
 from arc_ao.integrations.checkpoint import (
     OWN_NAMES,
@@ -281,7 +282,8 @@ def load_model(
     """Model of the architecture that config.json names, in evaluation mode, and its tokenizer.
 
     Args:
-        directory: Hugging Face folder, GGUF file, or a folder with one (integrations/gguf.py).
+        directory: Hugging Face folder, also one in NVFP4 of another library (checkpoints/read.py),
+            GGUF file, or a folder with one (integrations/gguf.py).
         dtype: of the parameters; "auto" is that of the checkpoint, and bfloat16 for GGUF files.
         trust_remote_code: run Python files of the folder that its config.json names.
         with_tokenizer: whether a tokenizer is needed; without, None may take its place.
@@ -301,6 +303,8 @@ def load_model(
         )
     config = load_config(directory, trust_remote_code)
     tokenizer = load_tokenizer(directory, trust_remote_code) if with_tokenizer else None
+    if is_checkpoint(Path(directory)):
+        return import_checkpoint(directory, dtype=dtype), tokenizer
     check_weight_files(Path(directory))
     auto = auto_class(config)
     architecture = (config.architectures or [""])[0]

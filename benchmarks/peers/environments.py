@@ -16,7 +16,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENTS = HERE.parent.parent / "build" / "peers"
-NAMES = ("llmcompressor", "modelopt", "llama_cpp")
+NAMES = ("llmcompressor", "modelopt", "llama_cpp", "compressed_tensors")
 STAMP = "requirements.txt"  # copied into an environment once it is complete
 
 

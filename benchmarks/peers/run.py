@@ -104,7 +104,7 @@ def peer_outputs(
     command += ["--recipe", recipe, "--seed", seed, "--threads", threads or torch.get_num_threads()]
     for name in ("calibration", "evaluation", "outputs", "info"):
         command += [f"--{name}", files[name]]
-    error = _run([str(part) for part in command], files["log"], timeout)
+    error = run_process([str(part) for part in command], files["log"], timeout)
     for name in ("calibration", "evaluation"):
         files[name].unlink()
     if error:
@@ -120,8 +120,8 @@ def _remove(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def _run(command: list[str], log: Path, timeout: float) -> str | None:
-    """Run a peer's process, its output into `log`; None, or what went wrong in one line."""
+def run_process(command: list[str], log: Path, timeout: float) -> str | None:
+    """Run a process of a peer, its output into `log`; None, or what went wrong in one line."""
     variables = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     variables |= {"HF_HUB_OFFLINE": "1", "PYTHONNOUSERSITE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with log.open("w", encoding="utf-8") as output:
