@@ -133,11 +133,23 @@ def test_the_look_at_a_model_leaves_it_as_it_was():
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+class Decaying(nn.Module):
+    """A model that changes a weight in place whenever it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.inner.weight.mul_(0.5)
+        return self.inner(x)
+
+
 def test_a_quantized_model_that_does_not_run_is_an_error(monkeypatch):
-    """Where the look before missed a read, the run afterwards finds it."""
+    """Where the look before missed a use of a weight, the run afterwards finds it."""
     monkeypatch.setattr(_WeightReads, "others", lambda self: {})
-    with pytest.raises(RuntimeError, match="expected the quantized Elsewhere to run as it did"):
-        quantize_(built(Elsewhere), NVFP4Config(), calibration_data=[torch.randn(4, 32)])
+    with pytest.raises(RuntimeError, match="expected the quantized Decaying to run as it did"):
+        quantize_(built(Decaying), NVFP4Config(), calibration_data=[torch.randn(4, 32)])
 
 
 def test_a_text_model_that_does_not_take_made_up_tokens_is_not_tried():
