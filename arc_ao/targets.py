@@ -195,10 +195,9 @@ def _skip_fused_experts(model: nn.Module, targets: Targets) -> None:
     names = []
     for name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
-            several = (
-                parameter.dim() == 3 and min(parameter.shape) > 1
-            )  # no [1, T, K], no [N, 1, 1]
-            several |= parameter.dim() == 2 and "experts" in name.split(".")  # [experts * N, K]
+            several = parameter.dim() == 3 and min(parameter.shape) > 1  # no [1, T, K], [N, 1, 1]
+            if parameter.dim() == 2 and not key.endswith("bias"):
+                several = "experts" in name.split(".")  # [experts * N, K]
             if several and not isinstance(module, (nn.Linear, *convolution)):
                 names.append(f"{name}.{key}" if name else key)
     targets.skipped |= dict.fromkeys(names, "fused experts and 3-D weights are not supported")
@@ -318,7 +317,7 @@ def _skip_reason(
 ) -> str | None:
     if config_for(name, config) is None:
         return "excluded by its config"
-    if not module.weight.numel():
+    if not is_lazy(module.weight) and not module.weight.numel():
         return "it has no weights"
     if filter_fn is not None:
         return None if filter_fn(module, name) else "excluded by filter_fn"

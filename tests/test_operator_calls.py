@@ -134,7 +134,9 @@ def test_an_exported_package_refuses_the_same_calls(tmp_path):
     names = ("a", "a_scale", "b", "b_scale", "act_blocks")
     given = [operands()[name] for name in names]
     program = torch.export.export(Product(), tuple(given))
-    path = torch._inductor.aoti_compile_and_package(program, package_path=tmp_path / "product.pt2")
+    path = torch._inductor.aoti_compile_and_package(
+        program, package_path=str(tmp_path / "product.pt2")
+    )
     run = torch._inductor.aoti_load_package(str(path))
     torch.testing.assert_close(run(*given), Product()(*given))
     with pytest.raises(RuntimeError):

@@ -101,7 +101,8 @@ def test_padding_is_not_calibrated(recipe, side):
     plain = quantized(model, texts(), **RECIPES[recipe])
     found = quantized(model, padded(texts(), side), **RECIPES[recipe])
     assert choices(found) == choices(plain)
-    assert equal_codes(found, plain) > (0.98 if recipe == "branch" else 0.999)  # of an SVD
+    # An SVD of nearly equal singular values turns with the last bits of its sums.
+    assert equal_codes(found, plain) > (0.9 if recipe == "branch" else 0.999)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

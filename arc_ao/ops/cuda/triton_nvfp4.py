@@ -87,10 +87,20 @@ def encode_e4m3(x):
 
 @triton.jit
 def decode_e4m3(code):
-    """fp32 of e4m3 bits (int32), NaN from 0x7f on: exponent and mantissa in place, the bias by a
-    product."""
-    value = (code << 20).to(tl.float32, bitcast=True) * TWO_POW_120
-    return tl.where(code >= E4M3_NAN, float("nan"), value)
+    """fp32 of a scale's byte (int32), NaN from 0x7f on."""
+    return tl.where(code >= E4M3_NAN, float("nan"), _scale_of(code))
+
+
+@triton.jit
+def decode_encoded(code):
+    """The same of what `encode_e4m3` made: 0x7f at most, and fewer registers to tell it by."""
+    return tl.where(code == E4M3_NAN, float("nan"), _scale_of(code))
+
+
+@triton.jit
+def _scale_of(code):
+    """fp32 of e4m3 bits 0..0x7e: exponent and mantissa in place, the bias by a product."""
+    return (code << 20).to(tl.float32, bitcast=True) * TWO_POW_120
 
 
 @triton.jit
@@ -168,7 +178,7 @@ def _squared_error(blocks, codes, scale, n: tl.constexpr):
 @triton.jit
 def _error_under(blocks, bits, n: tl.constexpr):
     """Squared error [n] of blocks under scale bits [n]; NaN where those are."""
-    scale = decode_e4m3(bits)
+    scale = decode_encoded(bits)
     return _squared_error(blocks, encode_blocks(blocks, scale), scale, n)
 
 
@@ -213,7 +223,7 @@ def quantize_blocks(blocks, amax, n: tl.constexpr, block_scale: tl.constexpr):
         bits, _ = _better(blocks, first, _error_under(blocks, first, n), wide, n)
     if block_scale == "mse":
         bits = _search(blocks, first, n)
-    return encode_blocks(blocks, decode_e4m3(bits)), bits
+    return encode_blocks(blocks, decode_encoded(bits)), bits
 
 
 @triton.jit

@@ -29,7 +29,7 @@ from arc_ao.ops.cuda.triton_nvfp4 import (
     bits_of,
     block_amax,
     decode_e2m1,
-    decode_e4m3,
+    decode_encoded,
     encode_e2m1,
     magnitude_bits,
     narrow,
@@ -133,7 +133,7 @@ def quantize_extra_blocks(
         value, _, _, _ = load_channels(source, channels_of(block), inverse_rms, kind, ordered)
         scaled = value * inverse
         codes, bits = quantize_blocks(scaled, block_amax(scaled), FEW, block_scale)
-        residual = scaled - decode_e2m1(codes) * decode_e4m3(bits)[:, None]
+        residual = scaled - decode_e2m1(codes) * decode_encoded(bits)[:, None]
         fixed, fixed_bits = quantize_blocks(residual, block_amax(residual), FEW, block_scale)
         codes = tl.where(is_act[:, None], fixed, codes)
         bits = tl.where(is_act, fixed_bits, bits)
@@ -158,7 +158,7 @@ def quantize_gathered(
         _, bits = quantize_blocks(scaled, block_amax(scaled), 16, block_scale)
         value, _, _, _ = load_channels(source, chosen, inverse_rms, kind, ordered)
         scaled = value * inverse
-        scale = decode_e4m3(bits)
+        scale = decode_encoded(bits)
         code = encode_e2m1(scaled * tl.math.div_rn(1.0, scale))
         residual = tl.reshape(scaled - decode_e2m1(code) * scale, (1, 16))
         codes, bits = quantize_blocks(residual, block_amax(residual), 1, block_scale)
