@@ -229,11 +229,10 @@ def _calibration_batches(
     from arc_ao.calibration.data import num_tokens, text_batches
     from arc_ao.eval.perplexity import read_text
     from arc_ao.shipped import MIXED_TEXT
-    from arc_ao.text_models import require_text_input
+    from arc_ao.text_models import calibration_window, require_text_input
 
     path, tokens, reason = args.calib or MIXED_TEXT, args.calib_tokens, "as asked for"
-    text_config = model.config.get_text_config()
-    window = min(512, getattr(text_config, "max_position_embeddings", None) or 512)
+    window = calibration_window(model)
     if tokens is None:
         tokens, reason = _tokens_and_reason(config, chosen, model, window)
     batches = text_batches(tokenizer, read_text(path), window=window, max_tokens=tokens)

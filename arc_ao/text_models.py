@@ -7,6 +7,13 @@ from arc_ao.inference import evaluation_mode, run_model
 from arc_ao.summary import arc_tensors
 
 TRIED_TOKENS = 8
+WINDOW = 512  # calibration tokens that a model sees at a time, at most
+
+
+def calibration_window(model: nn.Module) -> int:
+    """WINDOW, or as many tokens as the model, or its text part, has positions for."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(WINDOW, positions or WINDOW)
 
 
 def require_causal(model: nn.Module) -> None:

@@ -66,12 +66,12 @@ def _export(args: argparse.Namespace) -> None:
     from arc_ao.eval.perplexity import read_text
     from arc_ao.integrations.huggingface import load_model
     from arc_ao.shipped import MIXED_TEXT
+    from arc_ao.text_models import calibration_window
 
     check_output(args.output)
     model, tokenizer = load_model(args.model, trust_remote_code=args.trust_remote_code)
     text = read_text(args.calib or MIXED_TEXT)
-    text_config = model.config.get_text_config()
-    window = min(512, getattr(text_config, "max_position_embeddings", None) or 512)
+    window = calibration_window(model)
     batches = text_batches(tokenizer, text, window=window, max_tokens=args.calib_tokens)
     export_checkpoint(
         model, args.output, args.format, tokenizer=tokenizer, calibration_data=batches
