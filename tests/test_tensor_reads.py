@@ -205,22 +205,27 @@ def test_copies_and_pickles_print_their_own_weight():
     assert all("weight=ARCTensor([16, 64]" in repr(other) for other in copies)
 
 
-def _answer(module: nn.Module, x: Tensor, answers) -> None:
-    answers.put(module(x).tolist())
+def _answer(modules: list[nn.Module], x: Tensor, answers) -> None:
+    assert all(module.weight.is_shared() for module in modules)
+    answers.put([module(x).tolist() for module in modules])
 
 
-def test_shared_memory_serves_another_process(weight):
-    module, x = linear(weight).requires_grad_(False), inputs()
-    assert not module.weight.is_shared()
-    assert module.share_memory() is module and module.weight.is_shared()
-    assert all(getattr(module.weight, n).is_shared() for n in weight.__tensor_flatten__()[0])
-    context = torch.multiprocessing.get_context("fork")
-    answers = context.Queue()
-    process = context.Process(target=_answer, args=(module, x, answers))
+def test_shared_memory_serves_another_process():
+    """Spawned, not forked: a fork inherits OpenMP's pool without its threads, and waits for them."""
+    weights, x = [quantized(make_weight(), **variant) for variant in VARIANTS.values()], inputs()
+    modules = [linear(weight).requires_grad_(False) for weight in weights]
+    for module in modules:
+        assert not module.weight.is_shared()
+        assert module.share_memory() is module and module.weight.is_shared()
+        names = module.weight.__tensor_flatten__()[0]
+        assert all(getattr(module.weight, name).is_shared() for name in names)
+    context = torch.multiprocessing.get_context("spawn")
+    answers = context.SimpleQueue()
+    process = context.Process(target=_answer, args=(modules, x, answers))
     process.start()
-    found = answers.get(timeout=60)
-    process.join()
-    assert found == module(x).tolist()
+    process.join(timeout=300)
+    assert process.exitcode == 0
+    assert answers.get() == [module(x).tolist() for module in modules]
 
 
 def test_accelerate_offloads_to_memory_and_refuses_the_disk(weight, tmp_path):
