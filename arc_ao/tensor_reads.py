@@ -90,7 +90,9 @@ def _(func, types, args, kwargs):
 
 @implements_torch_function([torch.Tensor.is_shared])
 def _(func, types, args, kwargs):
-    return all(getattr(args[0], name).is_shared() for name in args[0].__tensor_flatten__()[0])
+    """Empty tensors (no block ids) have no memory that another process could map."""
+    tensors = (getattr(args[0], name) for name in args[0].__tensor_flatten__()[0])
+    return all(tensor.is_shared() for tensor in tensors if tensor.numel())
 
 
 @implements_torch_function([torch.Tensor.__setitem__])

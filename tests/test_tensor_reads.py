@@ -211,14 +211,12 @@ def _answer(modules: list[nn.Module], x: Tensor, answers) -> None:
 
 
 def test_shared_memory_serves_another_process():
-    """Spawned, not forked: a fork inherits OpenMP's pool without its threads, and waits for them."""
+    """Spawned: a forked process inherits OpenMP's pool without its threads, and waits for them."""
     weights, x = [quantized(make_weight(), **variant) for variant in VARIANTS.values()], inputs()
     modules = [linear(weight).requires_grad_(False) for weight in weights]
     for module in modules:
         assert not module.weight.is_shared()
         assert module.share_memory() is module and module.weight.is_shared()
-        names = module.weight.__tensor_flatten__()[0]
-        assert all(getattr(module.weight, name).is_shared() for name in names)
     context = torch.multiprocessing.get_context("spawn")
     answers = context.SimpleQueue()
     process = context.Process(target=_answer, args=(modules, x, answers))
