@@ -38,12 +38,15 @@ def attention_eager(
     Returns:
         bf16 [B, H, T, Dv], heads of a token side by side. The native kernel rounds weights to bf16,
         adds up in fp32, and gives zeros for a row that sees no key. Keys and values that a row does
-        not see do not matter to it, whatever they hold.
+        not see do not matter to it, whatever they hold. Q K^T before it is scaled, and sums of V
+        before they are divided by those of the weights, must not overflow fp32.
 
     Raises:
         RuntimeError: shapes, dtypes or a scale that do not fit.
     """
     _check(query, key, value, attn_mask, is_causal, scale)
+    if key.shape[2] == 0:  # PyTorch multiplies what query holds by 0
+        query = torch.zeros_like(query)
     if scale == 0:  # with which PyTorch would multiply its own mask of -inf
         query, scale = torch.zeros_like(query), 1.0
     if attn_mask is not None:

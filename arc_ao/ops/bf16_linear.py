@@ -20,7 +20,7 @@ def bf16_linear_eager(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Multiply x [M, K] by weight [N, K] and add bias [N], all bf16.
 
     Returns:
-        [M, N] in bf16.
+        [M, N] in bf16. The native kernels may take subnormal inputs as 0, as AVX-512 BF16 does.
 
     Raises:
         RuntimeError: shapes or dtypes that do not fit.
