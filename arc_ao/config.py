@@ -28,6 +28,7 @@ from arc_ao.recipes import (
     Selection,
     Smooth,
     Step,
+    Tuning,
     WeightScale,
 )
 
@@ -43,9 +44,9 @@ class ARCConfig(AOBaseConfig):
         budget: extra channels over in_features, model-wide and weighted by out_features; blocks of
             all layers compete for it. 0 is plain NVFP4. None, with selection "threshold": the
             paper's rule (channels with amax > 2^-3 of the layer's, rounded up to 64).
-        recipe: "auto" (measure, with layers weighed by measured sensitivity), "best" (the same, and
-            weights rounded by GPTQ), "tuned" (best, and then codes and norms trained against the
-            unquantized model's output, methods/tuning), "balanced" (no search, no reordering),
+        recipe: "auto" (measure, with layers weighed by measured sensitivity), "best" (the same,
+            weights rounded by GPTQ, and norms tuned), "tuned" (best, and codes tuned, too),
+            "balanced" (no search, no reordering),
             "paper" (ARCQuant as published: sorted channels, activation residuals, amax scales),
             "plain" (NVFP4 with amax scales; the budget is 0 unless numbers of channels are given).
         selection: rank blocks by the output error they remove ("energy") or by amax ("threshold").
@@ -77,6 +78,10 @@ class ARCConfig(AOBaseConfig):
         layer_weights: the worth of removed error in each layer: "equal" (errors relative to the
             layer's output), or "fisher" (by what they cost the model's output, its diagonal Fisher
             information; one backward pass a batch, calibration/fisher.py).
+        tuning: what is trained against the unquantized model's output once codes are found: "none",
+            "norms" (the parameters of all norms, a few steps; norm tweaking, arXiv 2309.02784), or
+            "codes" (norms and codes, for `tuning_minutes`). What ends no better on batches kept
+            aside is taken back. The three steps and the graph flow train nothing (methods/tuning).
         activation_scale: outer scale of activations: "token" (one per row), "tensor", "static"
             (calibrated constant). "none" belongs to activation="bf16" and follows from it.
         activation_block_scale: block scales of activations, chosen at run time: "amax" (amax/6),
@@ -92,7 +97,7 @@ class ARCConfig(AOBaseConfig):
         branch: how it is found: "svd" (SVDQuant) or "arhq".
         branch_iterations: decompositions after the first that may be tried; 0 also leaves the
             branch out of the search of channel scales.
-        tuning_minutes: of wall time that recipe "tuned" trains for at most.
+        tuning_minutes: of wall time that tuning="codes" takes at most.
         pad_in_features: pad in_features that are not a multiple of 16 instead of skipping the
             layer.
         activation: "nvfp4" quantizes activations (W4A4); "bf16" leaves them as they are (W4A16):
@@ -123,6 +128,7 @@ class ARCConfig(AOBaseConfig):
     damping: float | None = None
     hessian: Hessian | None = None
     layer_weights: LayerWeights | None = None
+    tuning: Tuning | None = None
     smooth: Smooth = "none"
     rotation: int = 0
     rank: int = 0
@@ -291,9 +297,9 @@ class ARCConfig(AOBaseConfig):
         return False
 
     @property
-    def tunes(self) -> bool:
+    def tunes_codes(self) -> bool:
         """True where codes are trained after they were found."""
-        return self.recipe == "tuned"
+        return self.resolve().tuning == "codes"
 
     @property
     def weighs_layers(self) -> bool:
@@ -315,6 +321,8 @@ class ARCConfig(AOBaseConfig):
         is_sorted = resolved.channel_order != "none"
         transformed = self.smooth != "none" or self.rank > 0
         if self.exportable:  # tells which linears share an input, and so an outer scale
+            return True
+        if resolved.tuning != "none":
             return True
         return self.has_residuals or static or is_sorted or transformed or self.needs_hessian
 

@@ -8,6 +8,7 @@ of a Zen 5 core (benchmarks/quantize_time.py); on other machines the proportions
 from arc_ao.calibration.fisher import FISHER_TOKENS
 from arc_ao.config import ARCConfig
 from arc_ao.methods.recipe import SEARCH_TOKENS, expected_runs
+from arc_ao.methods.tuning.session import NORM_TOKENS
 
 OBSERVE = 0.5  # of a token, on top of its forward, for each kind of blocks
 DIFFERENTIATE = 3.4  # a token forward, again and backward
@@ -18,6 +19,7 @@ RUN = 1.15  # a token through a model that is quantized on the fly
 GATHER = 4.5  # a token through every block for each of its Hessians
 ROUND = 30_000.0  # factors of all Hessians and error feedback
 CONVERT = 800.0
+TUNE = 5.0  # a token through the quantized model, again and backward
 SECOND = 400.0  # of training, until the bar knows how fast this machine and model are
 
 
@@ -40,9 +42,12 @@ def _of_config(config: ARCConfig, tokens: int, batches: int) -> dict[str, float]
     costs = {"convert": CONVERT}
     if tokens:
         costs["calibrate"] = tokens * (1 + OBSERVE * orders)
-    if config.tunes:
+    if config.tunes_codes:
         costs["reference"] = tokens
         costs["tune"] = SECOND * 60 * config.tuning_minutes
+    elif config.resolve().tuning == "norms":
+        costs["reference"] = min(tokens, NORM_TOKENS)
+        costs["tune"] = TUNE * min(tokens, NORM_TOKENS)
     if config.weighs_layers or config.kronecker:
         weighed = min(tokens, FISHER_TOKENS)
         run = tokens if config.kronecker else weighed

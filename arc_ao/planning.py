@@ -156,6 +156,7 @@ def plan_unsearched(sessions: Collection[tuple[CalibrationSession, ARCConfig]]) 
 def _warn_of_unmeasured(config: ARCConfig) -> None:
     weighed = ["layer_weights"] if config.weighs_layers else []
     weighed += ["hessian"] if config.kronecker else []
+    weighed += ["tuning"] if config.resolve().tuning != "none" else []
     if unmeasured := config.searched + weighed:
         warnings.warn(
             f"the three steps cannot measure {', '.join(unmeasured)}; taking those of "
@@ -170,7 +171,7 @@ def refuse_one_call(config: ARCConfig) -> None:
     Raises:
         ValueError: a config whose mix of choices is measured, or one that trains.
     """
-    if config.tunes:
+    if config.tunes_codes:
         raise ValueError(
             "expected a recipe that needs no training in a prepare/convert flow, found 'tuned'; "
             "take recipe='best', or call arc_ao.quantize_(model, config, calibration_data=...)"

@@ -110,7 +110,7 @@ def quantize_(
     example = try_out(model, targets, batches)
     groups = targets.by_config()
     arc_groups = [(c, modules) for c, modules in groups if isinstance(c, ARCConfig)]
-    tuning = tuning_session(arc_groups, batches)
+    tuning = tuning_session(model, arc_groups, batches)
     stages = _stages([c for c, _ in arc_groups], batches or [], progress)
     with closing(stages), _work_folder(work_dir, model, targets.configs, batches) as work:
         with _unchanged_on_error(model):

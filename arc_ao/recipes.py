@@ -14,6 +14,7 @@ WeightScale = Literal["amax", "mse", "four_over_six", "local_hessian"]
 Rounding = Literal["nearest", "gptq"]
 LayerWeights = Literal["equal", "fisher"]
 Hessian = Literal["inputs", "kronecker"]
+Tuning = Literal["none", "norms", "codes"]
 Step = Literal["prepare", "convert", "prepare_for_loading"]
 Activation = Literal["nvfp4", "bf16"]
 
@@ -32,6 +33,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "rounding": "nearest",
         "hessian": "inputs",
         "layer_weights": "equal",
+        "tuning": "none",
     },
     "paper": {
         "selection": "threshold",
@@ -44,6 +46,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "rounding": "nearest",
         "hessian": "inputs",
         "layer_weights": "equal",
+        "tuning": "none",
     },
     "plain": {
         "selection": "energy",
@@ -56,12 +59,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         "rounding": "nearest",
         "hessian": "inputs",
         "layer_weights": "equal",
+        "tuning": "none",
     },
 }
 SAMPLE_TOKENS = 2048  # input rows kept a layer where means over single channels do not suffice
 RECIPES["auto"] = RECIPES["balanced"] | {"layer_weights": "fisher"}
-RECIPES["best"] = RECIPES["auto"] | {"rounding": "gptq", "hessian": "kronecker"}
-RECIPES["tuned"] = RECIPES["best"]  # and then trained (methods/tuning)
+RECIPES["best"] = RECIPES["auto"] | {"rounding": "gptq", "hessian": "kronecker", "tuning": "norms"}
+RECIPES["tuned"] = RECIPES["best"] | {"tuning": "codes"}
 SEARCHING = ("auto", "best", "tuned")
 SEARCHED_FIELDS = ("channel_order", "granularity", "exchange_rate", "activation_block_scale")
 # What activation="bf16" leaves of the choices: only weights have residuals, in their own order.
@@ -93,6 +97,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "rounding": ("nearest", "gptq", None),
     "hessian": ("inputs", "kronecker", None),
     "layer_weights": ("equal", "fisher", None),
+    "tuning": ("none", "norms", "codes", None),
     "activation_scale": ("token", "tensor", "static", "none", None),
     "activation_block_scale": (*BLOCK_SCALES, None),
     "smooth": ("none", "flatten", "search", "awq"),

@@ -87,7 +87,7 @@ def test_tuned_trains_nothing():
     found, messages = quantized(model, ARCConfig(recipe="tuned"), data())
     best, _ = quantized(model, ARCConfig(recipe="best"), data())
     assert same(found, best)
-    assert len(messages) == 2 and "trains nothing" in messages[1]
+    assert len(messages) == 2 and "nothing is tuned" in messages[1]
 
 
 def test_a_budget_takes_the_mix_of_least_error():

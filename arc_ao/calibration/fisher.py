@@ -17,14 +17,14 @@ activations and of the hidden states between blocks.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from arc_ao.calibration.data import Batch
 from arc_ao.calibration.observer import ARCObserver, channel_errors, from_order
@@ -33,7 +33,7 @@ from arc_ao.calibration.sequential import find_blocks
 from arc_ao.calibration.session import CalibrationSession, observer_on
 from arc_ao.eval.divergence import model_output
 from arc_ao.eval.score import score_gradient
-from arc_ao.inference import call_model, evaluation_mode, without_cache
+from arc_ao.inference import call_model, checkpointed, evaluation_mode, without_cache
 from arc_ao.memory import release_memory
 from arc_ao.ops.round_columns import TILE_ROWS, tiled
 from arc_ao.progress import SILENT, Progress
@@ -317,36 +317,24 @@ def _watched(model: nn.Module, measured: dict[nn.Linear, _Measured]) -> Iterator
     with ExitStack() as stack:
         stack.enter_context(set_checkpoint_early_stop(False))
         for block in find_blocks(model, list(measured)):
-            stack.enter_context(_checkpointed(block, frames))
+            stack.enter_context(checkpointed(block, lambda run: _twice(run, frames)))
         for module in measured:
             handle = module.register_forward_hook(see, with_kwargs=True)
             stack.callback(handle.remove)
         yield
 
 
-@contextmanager
-def _checkpointed(block: nn.Module, frames: list[_Frame]) -> Iterator[None]:
-    """Inside, a block keeps nothing for its backward pass but its inputs: it runs a second time."""
-    original, own = block.forward, vars(block).get("forward")
+def _twice(original: Callable, frames: list[_Frame]) -> Callable:
+    """What one call of a block runs, now and in the backward pass: its forward, in its frame."""
+    frame = _Frame()
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        frame = _Frame()
+    def run(*args: Any, **kwargs: Any) -> Any:
+        frame.calls.clear()
+        frames.append(frame)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            frames.pop()
+            frame.recomputing = True
 
-        def run(*args: Any, **kwargs: Any) -> Any:
-            frame.calls.clear()
-            frames.append(frame)
-            try:
-                return original(*args, **kwargs)
-            finally:
-                frames.pop()
-                frame.recomputing = True
-
-        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-    block.forward = forward
-    try:
-        yield
-    finally:
-        del block.forward
-        if own is not None:
-            block.forward = own
+    return run

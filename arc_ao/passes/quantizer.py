@@ -106,7 +106,7 @@ class ARCQuantizer(Quantizer):
                 f"ARCQuantizer: expected a config that is the same for all layers, found "
                 f"{type(config).__name__}; use arc_ao.quantize_ before torch.export"
             )
-        if config.tunes:
+        if config.tunes_codes:
             raise ValueError(
                 "ARCQuantizer: expected a recipe that needs no training, found 'tuned'; take "
                 "recipe='best', or use arc_ao.quantize_ before torch.export"

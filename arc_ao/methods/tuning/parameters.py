@@ -16,7 +16,7 @@ from arc_ao.methods.tuning.layer import InputCache, TunedForward, TunedWeight, v
 # .1118 -> .1080, WikiText-2 .1239 -> .1190, books .1121 -> .1057; 0.002 gains less, 0.01 harms.
 # (Latents of full rank: 105 steps at 0.004 gain nothing.)
 LEARNING_RATE = 0.003
-GAIN_RATE = 0.001  # of norms' parameters, over their root mean square
+GAIN_RATE = 0.002  # of norms' parameters, over their root mean square
 BETAS = (0.9, 0.99)
 EPSILON = 1e-20  # gradients of a mean over tokens and a vocabulary are tiny
 # Beside values: where latents start 4, codes of the best and of a new best 1, the rest for factors,

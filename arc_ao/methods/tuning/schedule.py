@@ -16,11 +16,13 @@ class Schedule:
     Attributes:
         minutes: of wall time, evaluations included, those before an interruption too.
         max_steps: end after so many steps, and decay over them instead of over the time.
+        evaluations: in a run.
         step: steps done; seconds: spent before this process went on.
     """
 
     minutes: float
     max_steps: int | None = None
+    evaluations: int = EVALUATIONS
     step: int = 0
     seconds: float = 0.0
     began: float = field(default_factory=time.monotonic)
@@ -59,8 +61,8 @@ class Schedule:
         if self.over:
             return True
         if self.max_steps is not None:
-            return self.step - step >= max(1, self.max_steps // EVALUATIONS)
-        interval = max(60 * self.minutes / EVALUATIONS, 9 * self.evaluation_seconds)
+            return self.step - step >= max(1, self.max_steps // self.evaluations)
+        interval = max(60 * self.minutes / self.evaluations, 9 * self.evaluation_seconds)
         return self.elapsed - seconds >= interval
 
     def evaluation_done(self, seconds: float) -> None:

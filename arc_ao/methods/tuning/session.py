@@ -1,5 +1,6 @@
-"""What recipe "tuned" adds to one call of `quantize_`: before anything changes, and at the end."""
+"""What training adds to one call of `quantize_`: before anything changes, and at the end."""
 
+import math
 import os
 import warnings
 from dataclasses import dataclass, field
@@ -7,25 +8,42 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from arc_ao.calibration.data import Batch
+from arc_ao.calibration.data import Batch, num_tokens
+from arc_ao.calibration.sequential import find_blocks
 from arc_ao.calibration.work_dir import WorkDir
 from arc_ao.config import ARCConfig
 from arc_ao.eval.divergence import NotComparableError
 from arc_ao.eval.reference import Reference, record_references
-from arc_ao.methods.tuning.parameters import bytes_per_weight
-from arc_ao.methods.tuning.tune import TuningRecord, split, tune
+from arc_ao.methods.tuning.parameters import bytes_per_weight, norm_parameters
+from arc_ao.methods.tuning.record import TuningRecord
+from arc_ao.methods.tuning.tune import KEPT_ASIDE, split, tune
 from arc_ao.progress import Progress
 from arc_ao.tensor import ARCTensor
+
+NORM_STEPS = (
+    32  # where norms alone are tuned: SmolLM2-135M's divergence falls for longer, but little
+)
+LEAST_NORM_STEPS = 8
+NORM_EVALUATIONS = 3
+NORM_TOKENS = 16_384  # in all of them, where that leaves so many
 
 
 @dataclass
 class TuningSession:
-    """The linears to train, and what is kept of the unquantized model: its weights until training
-    begins (they say where latents start) and its outputs."""
+    """What to train, and what is kept of the unquantized model: its outputs and, until training
+    begins, the weights whose codes are trained (they say where latents start).
+
+    Attributes:
+        linears: all that are quantized by a config that tunes.
+        codes: names of those whose codes are trained; none: norms alone.
+        minutes, steps: at most; steps None: by the time alone.
+    """
 
     linears: dict[str, nn.Linear]
+    codes: list[str]
     batches: list[Batch | Tensor]
     minutes: float
+    steps: int | None
     originals: dict[str, Tensor] = field(default_factory=dict)
     references: list[Reference] = field(default_factory=list)
 
@@ -37,19 +55,19 @@ class TuningSession:
         try:
             self.references = record_references(model, self.batches, changing, progress=progress)
         except NotComparableError as error:
-            warnings.warn(f"recipe='tuned' trains nothing: {error}", stacklevel=3)
+            _warn_of_untrained(str(error))
             return
-        self.originals = {name: m.weight.detach() for name, m in self.linears.items()}
+        self.originals = {name: self.linears[name].weight.detach() for name in self.codes}
 
     def run(
         self, model: nn.Module, work: WorkDir | None, progress: Progress
     ) -> TuningRecord | None:
         """Train, where there is an output to train for; linears that a budget left as they are stay
-        so."""
+        so. Warns where a model whose norms alone would be trained cannot be differentiated."""
         if not self.references:
             return None
-        quantized = [n for n, m in self.linears.items() if isinstance(m.weight, ARCTensor)]
-        return tune(
+        quantized = [n for n in self.codes if isinstance(self.linears[n].weight, ARCTensor)]
+        run = lambda **options: tune(
             model,
             quantized,
             self.batches,
@@ -58,27 +76,70 @@ class TuningSession:
             minutes=self.minutes,
             work=work,
             progress=progress,
+            **options,
         )
+        if self.codes:
+            return run()
+        blocks = find_blocks(model, list(self.linears.values()))
+        try:
+            return run(max_steps=self.steps, evaluations=NORM_EVALUATIONS, blocks=blocks)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            return _warn_of_untrained(f"the model cannot be differentiated ({error})")
+
+
+def _warn_of_untrained(reason: str) -> None:
+    warnings.warn(
+        f"nothing is tuned: {reason}. ARCConfig(tuning='none') asks for that without this warning",
+        stacklevel=4,
+    )
 
 
 def tuning_session(
-    groups: list[tuple[ARCConfig, dict[str, nn.Linear]]], batches: list[Batch | Tensor] | None
+    model: nn.Module,
+    groups: list[tuple[ARCConfig, dict[str, nn.Linear]]],
+    batches: list[Batch | Tensor] | None,
 ) -> TuningSession | None:
-    """Session of the linears whose config tunes, or None; the longest of their minutes counts.
+    """Session of the linears whose config tunes, or None where there is nothing to train.
+
+    The longest of their minutes counts. Where norms alone are trained, warns of too few batches.
 
     Raises:
-        ValueError: too few batches, or less free memory than training takes.
+        ValueError: too few batches to train codes, or less free memory than that takes.
     """
-    linears: dict[str, nn.Linear] = {}
-    for config, modules in groups:
-        if config.tunes:
-            linears |= modules
-    if not linears:
+    tuning = [(config, linears) for config, linears in groups if config.resolve().tuning != "none"]
+    linears = {name: m for _, modules in tuning for name, m in modules.items()}
+    codes = {
+        name: m for config, modules in tuning if config.tunes_codes for name, m in modules.items()
+    }
+    batches = batches or []
+    if codes:
+        split(len(batches))
+        _check_memory(list(codes.values()))
+        minutes = max(config.tuning_minutes for config, _ in tuning if config.tunes_codes)
+        return TuningSession(linears, list(codes), batches, minutes, None)
+    if not linears or not norm_parameters(model):
         return None
-    split(len(batches or []))
-    _check_memory(list(linears.values()))
-    minutes = max(config.tuning_minutes for config, _ in groups if config.tunes)
-    return TuningSession(linears, batches, minutes)
+    if len(batches) < 2:
+        return _warn_of_untrained(
+            "norms need at least 2 batches of calibration data, one of them to keep aside, found "
+            f"{len(batches)}"
+        )
+    steps = norm_steps(batches)
+    return TuningSession(linears, [], some_batches(batches, steps), math.inf, steps)
+
+
+def norm_steps(batches: list[Batch | Tensor]) -> int:
+    """How many steps of one batch norms are trained for."""
+    mean = sum(map(num_tokens, batches)) / len(batches)
+    return int(max(LEAST_NORM_STEPS, min(NORM_STEPS, NORM_TOKENS // max(1.0, mean))))
+
+
+def some_batches(batches: list[Batch | Tensor], steps: int) -> list[Batch | Tensor]:
+    """Those that `steps` steps need, and some to keep aside, evenly spread."""
+    count = min(len(batches), math.ceil(steps / (1 - KEPT_ASIDE)))
+    return [batches[i * len(batches) // count] for i in range(count)]
 
 
 def _check_memory(linears: list[nn.Linear]) -> None:

@@ -1,4 +1,4 @@
-"""Train the codes of a quantized model against what the unquantized one says.
+"""Train the codes and norms of a quantized model against what the unquantized one says.
 
 Rounding is passed straight through (layer.py), block scales stay; what is added to where a weight
 began is of low rank (latent.py). The loss is the mean KL of the logits per token (1 - cosine of
@@ -8,6 +8,7 @@ what is best on those is what the model ends with, and the state it began with c
 
 import math
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +17,11 @@ from torch import Tensor, nn
 from arc_ao.calibration.data import Batch, num_tokens
 from arc_ao.calibration.work_dir import WorkDir
 from arc_ao.eval.reference import Reference
-from arc_ao.inference import call_model, evaluation_mode, run_model, without_cache
+from arc_ao.inference import call_model, checkpointed, evaluation_mode, run_model, without_cache
 from arc_ao.methods.tuning.layer import InputCache
 from arc_ao.methods.tuning.parameters import Trainables, install, trainables, under_training
 from arc_ao.methods.tuning.record import TuningRecord
-from arc_ao.methods.tuning.schedule import PATIENCE, Schedule
+from arc_ao.methods.tuning.schedule import EVALUATIONS, PATIENCE, Schedule
 from arc_ao.progress import SILENT, Advance, Progress
 
 KEPT_ASIDE = 0.125  # of the batches, and at least
@@ -37,6 +38,8 @@ def tune(
     originals: dict[str, Tensor] | None = None,
     minutes: float = 20.0,
     max_steps: int | None = None,
+    evaluations: int = EVALUATIONS,
+    blocks: list[nn.Module] | None = None,
     work: WorkDir | None = None,
     progress: Progress = SILENT,
 ) -> TuningRecord:
@@ -45,19 +48,21 @@ def tune(
     Takes `bytes_per_weight` beside the model. An error leaves the model as it was.
 
     Args:
-        names: of the linears.
+        names: of the linears whose codes are trained; none: norms alone.
         references: of the unquantized model, one a batch (reference.py).
         originals: unquantized weights, emptied as they are read: where a weight lies between two
             codes is where its latent starts.
         max_steps: end after so many steps; the same number gives the same bits on the same machine.
+        evaluations: on the batches kept aside, while it runs.
+        blocks: keep only their inputs for the backward pass, and run a second time.
         work: folder whose state a run goes on from and leaves its own in.
 
     Raises:
         ValueError: fewer than two batches.
     """
     train, aside = split(len(batches))
-    schedule = Schedule(minutes, max_steps)
-    stage = progress.stage("tune", seconds=60 * minutes)
+    schedule = Schedule(minutes, max_steps, evaluations)
+    stage = progress.stage("tune", seconds=None if max_steps else 60 * minutes)
     with stage as advance, evaluation_mode(model), without_cache(model):
         before = _divergence(model, batches, references, aside)
         trained = trainables(model, names, originals or {})
@@ -65,7 +70,10 @@ def tune(
         run = _Run(trained, schedule, Best(start, before), work)
         try:
             run.resume()
-            with under_training(model, trained) as cache:
+            with ExitStack() as stack:
+                cache = stack.enter_context(under_training(model, trained))
+                for block in blocks or ():
+                    stack.enter_context(checkpointed(block))
                 run.train(model, batches, references, train, aside, cache, advance)
             install(model, trained, run.best.finished)
             after = _divergence(model, batches, references, aside)
@@ -76,7 +84,8 @@ def tune(
             install(model, trained, start)
             raise
     tokens = sum(num_tokens(batches[i]) for i in aside)
-    return TuningRecord(schedule.step, before, after, tokens, schedule.elapsed)
+    what = "codes and norms" if names else "norms"
+    return TuningRecord(what, schedule.step, before, after, tokens, schedule.elapsed)
 
 
 def split(count: int) -> tuple[list[int], list[int]]:
