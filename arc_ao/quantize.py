@@ -28,7 +28,6 @@ from arc_ao.config import ARCConfig
 from arc_ao.config_family import CONFIGS
 from arc_ao.convert_blocks import convert_blocks
 from arc_ao.expected_cost import expected_costs
-from arc_ao.integrations.huggingface import attach_quantizer
 from arc_ao.loading import empty_tensor
 from arc_ao.memory import release_memory
 from arc_ao.methods.measured import load_sessions, save_sessions
@@ -43,6 +42,7 @@ from arc_ao.planning import (
     refuse_one_call,
     unreached,
 )
+from arc_ao.pretrained import is_pretrained_model
 from arc_ao.progress import Progress
 from arc_ao.quantized_linear import set_weight
 from arc_ao.summary import QuantizationSummary, model_bytes, summarize
@@ -127,7 +127,7 @@ def quantize_(
         _convert_groups([(resolved[id(c)][0], modules) for c, modules in arc_groups], stages)
         tuned = None if tuning is None else tuning.run(model, work, stages)
     check_runs(model, example)
-    attach_quantizer(model)
+    _let_save(model)
     choices = {name: found for session in sessions for name, found in session.choices.items()}
     tried = [(final, trials) for final, trials, _ in resolved.values()]
     return summarize(model, tried, targets.skipped, before, choices, notes, stages.seconds, tuned)
@@ -211,6 +211,14 @@ def _run_step(
         stages = Progress({"convert": 1.0}, show=progress)
         _convert_groups(converts, stages)
         stages.close()
+        _let_save(model)
+
+
+def _let_save(model: nn.Module) -> None:
+    """A quantized transformers model saves itself; other modules are left alone."""
+    if is_pretrained_model(model):
+        from arc_ao.integrations.quantizer import attach_quantizer
+
         attach_quantizer(model)
 
 

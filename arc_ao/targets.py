@@ -14,11 +14,11 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import FqnToConfig
 from torchao.utils import TorchAOBaseTensor
-from transformers import PreTrainedModel
 
 from arc_ao.config import ARCConfig
 from arc_ao.formats.nvfp4 import BLOCK_SIZE
 from arc_ao.integrations.peft import adapter_modules
+from arc_ao.pretrained import is_pretrained_model
 
 SKIPPED_NAMES = {"lm_head", "embed_out", "classifier", "score", "qa_outputs"}
 SKIPPED_NAMES |= {"gate", "router", "shared_expert_gate"}
@@ -339,7 +339,7 @@ def output_heads(model: nn.Module) -> set[nn.Module | None]:
     What a transformers model, `model` or one inside it, has beside its body (`base_model`), but for
     further models and chains of transformer blocks; and its output embeddings, wherever they are.
     """
-    models = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+    models = [m for m in model.modules() if is_pretrained_model(m)]
     heads: set[nn.Module | None] = {part.get_output_embeddings() for part in models}
     for part in models:
         beside = [m for m in part.children() if m is not part.base_model and not _is_body(m)]
@@ -355,7 +355,7 @@ def _is_body(module: nn.Module) -> bool:
     """
     parts = list(module.modules())
     blocks = [block for m in parts if isinstance(m, nn.ModuleList) for block in m]
-    return any(isinstance(m, PreTrainedModel) for m in parts) or any(
+    return any(is_pretrained_model(m) for m in parts) or any(
         len(linears_of(block)) >= 4 for block in blocks
     )
 

@@ -1,7 +1,6 @@
 """Which models a plain text says enough to, checked before it is run through them for hours."""
 
 from torch import Tensor, nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from arc_ao.inference import evaluation_mode, run_model
 from arc_ao.summary import arc_tensors
@@ -22,6 +21,8 @@ def require_causal(model: nn.Module) -> None:
     Raises:
         ValueError: an encoder, or an encoder-decoder, of transformers.
     """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
     config = getattr(model, "config", None)
     masked = getattr(config, "model_type", None) in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     if getattr(config, "is_encoder_decoder", False):

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, resolve_name
-from transformers import PreTrainedModel
 
 from arc_ao.calibration.data import Batch, num_tokens
 from arc_ao.inference import evaluation_mode, run_model
+from arc_ao.pretrained import is_pretrained_model
 from arc_ao.targets import Targets, refuse_no_targets
 
 
@@ -40,7 +40,7 @@ def example_of(model: nn.Module, batches: list[Batch | Tensor] | None) -> Batch 
     """
     if batches:
         return min(batches, key=num_tokens)
-    if not isinstance(model, PreTrainedModel) or model.main_input_name != "input_ids":
+    if not is_pretrained_model(model) or model.main_input_name != "input_ids":
         return None
     try:
         _run(model, model.dummy_inputs)

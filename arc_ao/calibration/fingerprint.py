@@ -17,6 +17,7 @@ import functools
 import hashlib
 import json
 import platform
+import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -25,12 +26,11 @@ from typing import Any
 import numpy
 import torch
 import torchao
-import transformers
 from torch import Tensor, nn
 from torchao.core.config import AOBaseConfig, config_to_dict
-from transformers import PretrainedConfig
 
 from arc_ao.calibration.data import Batch
+from arc_ao.pretrained import is_pretrained_config
 
 PACKAGE = Path(__file__).parents[1]
 LEAVES = (type(None), bool, int, float, complex, str, bytes, range, enum.Enum)
@@ -63,7 +63,8 @@ def fingerprint(
 def versions() -> str:
     """Of everything whose code computes."""
     source = digest([(str(f.relative_to(PACKAGE)), f.read_bytes()) for f in _source_files()])
-    libraries = (torch, torchao, transformers, numpy)
+    loaded = sys.modules.get("transformers")
+    libraries = (torch, torchao, *([loaded] if loaded else []), numpy)
     others = [f"{library.__name__} {library.__version__}" for library in libraries]
     return ", ".join([f"arc_ao {source[:12]}", f"Python {platform.python_version()}", *others])
 
@@ -112,7 +113,7 @@ def digest(value: Any, *, unknown: Callable[[Any], str] = _type_name) -> str:
     hasher, seen = hashlib.sha256(), {}
 
     def feed(value: Any) -> None:
-        if isinstance(value, (Tensor, PretrainedConfig, types.FunctionType)):
+        if isinstance(value, (Tensor, types.FunctionType)) or is_pretrained_config(value):
             if id(value) in seen:  # shared, such as a tied weight
                 hasher.update(f"same as {seen[id(value)][0]}\n".encode())
                 return
@@ -139,7 +140,7 @@ def _kind_and_parts(value: Any, unknown: Callable[[Any], str]) -> tuple[str, Ite
     if isinstance(value, numpy.ndarray) and value.dtype != object:
         values = memoryview(value.tobytes())
         return f"array {value.dtype.str} {value.shape}", [values]
-    if isinstance(value, PretrainedConfig):
+    if is_pretrained_config(value):
         attention = getattr(value, "_attn_implementation", None)
         return f"config {type(value).__qualname__}", [value.to_dict(), attention]
     if isinstance(value, Mapping):
