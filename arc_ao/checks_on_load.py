@@ -17,9 +17,9 @@ from arc_ao.formats.nvfp4 import (
     E4M3_LARGEST_CODE,
     E4M3_SMALLEST_CODE,
 )
+from arc_ao.formats.rotation import SIZES, hadamard_signs
 from arc_ao.loading import loading_fields
 from arc_ao.methods.prepare import branch_dtype
-from arc_ao.methods.rotation import SIZES, hadamard_signs
 from arc_ao.recipes import CHOICES, RECIPES
 from arc_ao.tensor import ARCTensor
 

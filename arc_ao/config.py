@@ -92,7 +92,7 @@ class ARCConfig(AOBaseConfig):
         smooth: channel scales moved from inputs to weights: "none", "flatten" (SERQ: inputs to amax
             1), "search" (SmoothQuant: by the layer's output error), "awq" (by the error of rounding
             the weight alone; the usual partner of activation="bf16").
-        rotation: size of a block Hadamard rotation, 0 for none (methods/rotation.py).
+        rotation: size of a block Hadamard rotation, 0 for none (formats/rotation.py).
         rank: of a 16-bit low-rank branch, 0 for none.
         branch: how it is found: "svd" (SVDQuant) or "arhq".
         branch_iterations: decompositions after the first that may be tried; 0 also leaves the

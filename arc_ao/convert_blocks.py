@@ -8,13 +8,13 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from arc_ao.calibration.data import Batch
+from arc_ao.calibration.few_tokens import RoundingNote, warn_of_few_tokens
 from arc_ao.calibration.fisher import OutputFisher
 from arc_ao.calibration.gram import Gram
 from arc_ao.calibration.sequential import quantize_sequentially
 from arc_ao.calibration.session import CalibrationSession, Member, detach
 from arc_ao.calibration.work_dir import WorkDir
 from arc_ao.memory import release_memory
-from arc_ao.methods.few_tokens import RoundingNote, warn_of_few_tokens
 from arc_ao.methods.hessian import quantize_group
 from arc_ao.methods.kronecker import factor_of, token_weights
 from arc_ao.methods.weights import LayerPlan

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torchao.core.config import config_to_dict
 
+from arc_ao.calibration.few_tokens import RoundingNote
 from arc_ao.config import ARCConfig
 from arc_ao.cost import PLAIN_BITS, extra_cost
-from arc_ao.methods.few_tokens import RoundingNote
 from arc_ao.methods.tuning.record import TuningRecord
 from arc_ao.tensor import ARCTensor
 
@@ -28,7 +28,7 @@ class QuantizationSummary:
         configs: the configs that were applied, every field resolved.
         trials: candidates measured per config, the winner first.
         layers: fully qualified name -> residual channels of each kind, bits per weight, and how it
-            was rounded (with GPTQ also damping and tokens; see methods/few_tokens.py).
+            was rounded (with GPTQ also damping and tokens; see calibration/few_tokens.py).
         skipped: linears left alone and why.
         bytes_before, bytes_after: parameters and buffers of the whole model.
         extra_channels: augmented columns over in_features, weighted by out_features.

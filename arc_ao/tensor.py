@@ -17,8 +17,8 @@ from torchao.utils import TorchAOBaseTensor
 
 from arc_ao.config import block_scale_of
 from arc_ao.formats import nvfp4
+from arc_ao.formats.rotation import rotate
 from arc_ao.linear import arc_linear
-from arc_ao.methods.rotation import rotate
 from arc_ao.ops.backends import preferred_layout
 from arc_ao.ops.layout import (
     LAYOUTS,
@@ -69,7 +69,7 @@ class ARCTensor(TorchAOBaseTensor):
         act_channels: int32 [multiple of 16] or None.
         act_outer_scale: fp32 [1] or None, the calibrated outer scale of a static activation.
         input_scale: fp32 [K] or None, powers of two that multiply x; the weight is divided by them.
-        rotation: int8 [h, h] or None, signs of a block Hadamard matrix (methods/rotation.py).
+        rotation: int8 [h, h] or None, signs of a block Hadamard matrix (formats/rotation.py).
         down, up: 16-bit [r, K] and [N, r] or None, the low-rank branch of the untransformed x.
 
     Attributes:

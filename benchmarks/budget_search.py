@@ -39,10 +39,10 @@ from transformers import AutoModel, AutoTokenizer
 
 from arc_ao import ARCConfig, BudgetConfig, quantize_
 from arc_ao.calibration.data import text_batches
-from arc_ao.eval.divergence import output_divergence
 from arc_ao.eval.perplexity import read_text
 from arc_ao.inference import run_model
 from arc_ao.integrations.huggingface import load_model
+from arc_ao.outputs.divergence import output_divergence
 from arc_ao.shipped import CALIBRATION_TEXT, HELDOUT_TEXT, MODEL
 
 CALIBRATION_TOKENS, HELDOUT_TOKENS, WINDOW = 16_384, 32_768, 512

@@ -50,7 +50,7 @@ CODE = (
     "arc_ao/methods/gptq.py", "arc_ao/cli.py", "csrc/cpu/simd.h", "tests/test_divergence.py",
     "arc_ao/tensor.py", "csrc/cuda/quant_augment.cu", "arc_ao/ops/cuda/triton_gemm.py",
     "arc_ao/passes/rewrite_linear.py", "csrc/gemm_operator.cpp", "pyproject.toml", "Makefile",
-    "arc_ao/methods/knapsack.py", "build_native.py", "arc_ao/eval/divergence.py",
+    "arc_ao/methods/knapsack.py", "build_native.py", "arc_ao/outputs/divergence.py",
 )  # fmt: skip
 CODE_BYTES = 1_700  # of each file
 

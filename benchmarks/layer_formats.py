@@ -17,7 +17,7 @@ from torch import Tensor
 
 from arc_ao.cost import PLAIN_BITS
 from arc_ao.formats import mxfp4
-from arc_ao.methods.rotation import hadamard_signs, rotate
+from arc_ao.formats.rotation import hadamard_signs, rotate
 
 Rounding = Callable[[Tensor], Tensor]
 MXFP4_BITS, INT4_BITS = 4.25, 4.0  # and 32 bits a row

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from arc_ao import ops
 from arc_ao.formats import nvfp4
-from arc_ao.methods.rotation import hadamard_signs
+from arc_ao.formats.rotation import hadamard_signs
 from arc_ao.ops import layout
 
 SPOILT = 0.5  # share of calls with an argument that may not fit

@@ -25,7 +25,7 @@ from arc_ao import (
 )
 from arc_ao.cost import PLAIN_BITS, extra_cost
 from arc_ao.formats import mxfp4
-from arc_ao.methods.rotation import hadamard_signs, rotate
+from arc_ao.formats.rotation import hadamard_signs, rotate
 from arc_ao.recipes import RECIPES
 from arc_ao.summary import arc_tensors
 from arc_ao.targets import FilterFn, collect_targets

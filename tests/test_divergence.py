@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from arc_ao.eval import divergence
-from arc_ao.eval.divergence import (
+from arc_ao.outputs import divergence
+from arc_ao.outputs.divergence import (
     cosine_divergence,
     is_logits,
     kl_divergence,

@@ -13,10 +13,10 @@ from arc_ao import ARCConfig, quantize_
 from arc_ao.calibration.data import calibrate
 from arc_ao.calibration.fisher import measure_fisher
 from arc_ao.calibration.session import CalibrationSession, observer_on
-from arc_ao.eval.divergence import output_divergence
-from arc_ao.eval.score import score_gradient
 from arc_ao.methods.plan import analyse_session, make_plans
 from arc_ao.methods.scores import group_worths, worth_of_errors
+from arc_ao.outputs.divergence import output_divergence
+from arc_ao.outputs.score import score_gradient
 
 CONFIG = ARCConfig(recipe="balanced", budget=0.1, layer_weights="fisher")
 

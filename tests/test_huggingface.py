@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM
 
 import arc_ao
 from arc_ao import ARCConfig, ARCTensor, quantize_
-from arc_ao.integrations.huggingface import SUMMARY_FILE, ArcHfConfig, load_model, register
+from arc_ao.integrations.huggingface import SUMMARY_FILE, load_model
+from arc_ao.integrations.quantizer import ArcHfConfig
+from arc_ao.registration import register
 
 CONFIGS = {
     "plain": ARCConfig(budget=0.0, recipe="plain"),

@@ -1,4 +1,4 @@
-"""What `import arc_ao` loads, and that transformers knows the method whichever is imported first."""
+"""What `import arc_ao` loads; transformers knows its method whichever is imported first."""
 
 import subprocess
 import sys
@@ -26,7 +26,8 @@ assert config_from_dict(config_to_dict(config)) == config
 """
 LOADS = """
 import arc_ao, sys
-for name in ("transformers", "lm_eval", "matplotlib", "scipy", "pandas", "networkx", "datasets", "gguf"):
+unused = "transformers lm_eval matplotlib scipy pandas networkx datasets gguf"
+for name in unused.split():
     assert name not in sys.modules, name
 assert {"save_pretrained", "import_checkpoint"} <= set(dir(arc_ao))
 assert arc_ao.save_pretrained.__module__ == "arc_ao.integrations.huggingface"

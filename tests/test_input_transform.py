@@ -8,7 +8,7 @@ from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import arc_ao
-from arc_ao.methods.rotation import hadamard_signs, rotate
+from arc_ao.formats.rotation import hadamard_signs, rotate
 from arc_ao.ops import project_down, quant_augment, transform_input
 from arc_ao.passes.backend import ARC_PASS
 from arc_ao.passes.lower_transforms import fold_input_scale, lower_transforms

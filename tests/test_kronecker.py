@@ -14,13 +14,13 @@ from torch import Tensor
 from arc_ao import ARCConfig, quantize_
 from arc_ao.calibration.fisher import OutputFisher, measure_fisher
 from arc_ao.calibration.gram import Gram, effective_input
-from arc_ao.eval.score import score_gradient
 from arc_ao.methods import kronecker
 from arc_ao.methods.gptq import prepare_rounding, round_weight
 from arc_ao.methods.held_error import held_error
 from arc_ao.methods.output_factor import output_factor, tiled
 from arc_ao.methods.weights import quantize_weight
 from arc_ao.ops.round_columns import TILE_ROWS
+from arc_ao.outputs.score import score_gradient
 
 
 def products_of(gradients: Tensor) -> Tensor:

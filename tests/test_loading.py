@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import arc_ao
 from arc_ao import ARCConfig, ARCTensor, quantize_
-from arc_ao.integrations.huggingface import ArcHfConfig
+from arc_ao.integrations.quantizer import ArcHfConfig
 
 PLAIN = ARCConfig(budget=0.0, recipe="plain")
 IDS = torch.arange(3, 19).view(2, 8)

@@ -9,7 +9,7 @@ from encoder_decoders import built, ids, question_answering
 from torch import Tensor, nn
 
 from arc_ao import ARCConfig, BudgetConfig
-from arc_ao.eval.divergence import NotComparableError, is_logits, model_output
+from arc_ao.outputs.divergence import NotComparableError, is_logits, model_output
 from arc_ao.quantize import quantize_
 from arc_ao.summary import arc_tensors
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import LongformerConfig, LongformerModel
 
 from arc_ao.calibration.padding import kept_rows, kept_tokens_of_output, watched
-from arc_ao.eval.divergence import model_output
 from arc_ao.inference import run_model
+from arc_ao.outputs.divergence import model_output
 from arc_ao.quantize import quantize_
 
 SOURCE, TARGET = mask(8, 5, 8), mask(8, 8, 4)  # of equal lengths, so that shapes tell nothing

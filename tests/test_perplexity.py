@@ -14,9 +14,10 @@ from tiny_models import (
     uniform_model,
 )
 
-from arc_ao.eval import divergence, perplexity
+from arc_ao.eval import perplexity
 from arc_ao.eval.perplexity import evaluate_text, read_jsonl, read_text
 from arc_ao.inference import evaluation_mode
+from arc_ao.outputs import divergence
 
 TEXT = "The quick brown fox jumps over the lazy dog."  # 44 bytes
 

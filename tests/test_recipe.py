@@ -10,11 +10,11 @@ from torch import nn
 from arc_ao import ARCConfig, quantize_
 from arc_ao.calibration.data import calibrate
 from arc_ao.calibration.session import CalibrationSession, observer_on
-from arc_ao.eval.divergence import kl_divergence
 from arc_ao.methods import recipe as recipe_module
 from arc_ao.methods.plan import analyse_session, make_plans
 from arc_ao.methods.recipe import Trial, best, halve, quantized_on_the_fly, search_recipe
 from arc_ao.methods.weights import quantize_weight
+from arc_ao.outputs.divergence import kl_divergence
 
 
 def batches(count: int = 2) -> list[torch.Tensor]:

@@ -5,7 +5,7 @@ import scipy.linalg
 import torch
 
 from arc_ao.formats import mxfp4, nvfp4
-from arc_ao.methods.rotation import SIZES, hadamard_signs, rotate
+from arc_ao.formats.rotation import SIZES, hadamard_signs, rotate
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from arc_ao import ARCConfig, quantize_
 from arc_ao.formats import nvfp4
-from arc_ao.methods.rotation import rotate
+from arc_ao.formats.rotation import rotate
 from arc_ao.methods.tuning import latent
 from arc_ao.methods.tuning.grid import MARGIN, round_to_grid, start_latent
 from arc_ao.methods.tuning.latent import RANK

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from arc_ao import ARCConfig, quantize_
-from arc_ao.eval.divergence import output_divergence
-from arc_ao.eval.score import score_gradient
+from arc_ao.outputs.divergence import output_divergence
+from arc_ao.outputs.score import score_gradient
 
 ROWS = {row.id: row for rows in FAMILIES.values() for row in rows}
 PLAIN = ARCConfig(recipe="plain", budget=0.0)

@@ -5,7 +5,7 @@ an error e [M, N] in the output of one linear causes is
 
     1/2 sum_{m, n} E[g[m, n]^2] e[m, n]^2          g: gradient of a score of the model's output
 
-where the score's gradient has the divergence's Hessian as its covariance (eval/score.py): for
+where the score's gradient has the divergence's Hessian as its covariance (outputs/score.py): for
 logits the log-likelihood of labels sampled from the model. The factors of tokens and of outputs are
 kept apart, as K-FAC does (arXiv 1503.05671), here with diagonals only:
 
@@ -31,11 +31,11 @@ from arc_ao.calibration.observer import ARCObserver, channel_errors, from_order
 from arc_ao.calibration.padding import kept_tokens_of_output, watched
 from arc_ao.calibration.sequential import find_blocks
 from arc_ao.calibration.session import CalibrationSession, observer_on
-from arc_ao.eval.divergence import model_output
-from arc_ao.eval.score import score_gradient
 from arc_ao.inference import call_model, checkpointed, evaluation_mode, without_cache
 from arc_ao.memory import release_memory
 from arc_ao.ops.round_columns import TILE_ROWS, tiled
+from arc_ao.outputs.divergence import model_output
+from arc_ao.outputs.score import score_gradient
 from arc_ao.progress import SILENT, Progress
 
 FISHER_TOKENS = 4096  # calibration tokens that are differentiated, at most

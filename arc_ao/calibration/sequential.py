@@ -24,13 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from arc_ao.calibration.data import Batch, num_tokens
+from arc_ao.calibration.few_tokens import RoundingNote
 from arc_ao.calibration.gram import Gram
 from arc_ao.calibration.padding import kept_rows, watched
 from arc_ao.calibration.session import Member
 from arc_ao.calibration.work_dir import WorkDir
 from arc_ao.inference import evaluation_mode, run_model, without_cache
 from arc_ao.memory import release_memory
-from arc_ao.methods.few_tokens import RoundingNote
 from arc_ao.methods.weights import LayerPlan
 from arc_ao.progress import SILENT, Progress
 from arc_ao.tensor import ARCTensor

@@ -30,8 +30,8 @@ from torchao.prototype.safetensors.safetensors_support import (
     unflatten_tensor_state_dict,
 )
 
+from arc_ao.calibration.few_tokens import RoundingNote
 from arc_ao.calibration.fingerprint import digest
-from arc_ao.methods.few_tokens import RoundingNote
 from arc_ao.tensor import ARCTensor
 
 ROUNDING = "arc_rounding"  # key in the metadata of a block

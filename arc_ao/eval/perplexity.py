@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from arc_ao.eval.divergence import CHUNK_ELEMENTS, is_logits, kl_divergence, model_output
 from arc_ao.inference import evaluation_mode
+from arc_ao.outputs.divergence import CHUNK_ELEMENTS, is_logits, kl_divergence, model_output
 from arc_ao.text_models import require_causal
 
 MAX_WINDOW = 2048

@@ -21,14 +21,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from arc_ao.calibration.few_tokens import RoundingNote, warn_of_few_tokens
 from arc_ao.calibration.gram import Gram
 from arc_ao.calibration.input_gram import InputGram
 from arc_ao.calibration.session import CalibrationSession, observer_on
-from arc_ao.methods.few_tokens import RoundingNote, warn_of_few_tokens
+from arc_ao.formats.rotation import rotate
 from arc_ao.methods.gptq import Rounding, prepare_rounding, round_weight
 from arc_ao.methods.held_error import held_error, held_rows
 from arc_ao.methods.output_factor import OutputFactor
-from arc_ao.methods.rotation import rotate
 from arc_ao.methods.weights import LayerPlan, in_order, quantize_weight, rows_of
 from arc_ao.tensor import ARCTensor
 

@@ -22,8 +22,8 @@ from arc_ao.calibration.observer import (
 from arc_ao.calibration.residual_gram import residual_gram
 from arc_ao.config import ARCConfig
 from arc_ao.formats import nvfp4
+from arc_ao.formats.rotation import hadamard_signs, rotate
 from arc_ao.methods.lowrank import LowRank, iterated, metric_root, sketched_svd, weighted_svd
-from arc_ao.methods.rotation import hadamard_signs, rotate
 from arc_ao.methods.scale_search import choose_scale_bits
 from arc_ao.methods.smooth import flatten_scales, search_awq_scales, search_scales
 from arc_ao.ops import block_residuals

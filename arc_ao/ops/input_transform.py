@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from arc_ao.methods.rotation import rotate
+from arc_ao.formats.rotation import rotate
 from arc_ao.ops.checks import FLOATING, FP32, check, check_rows, check_tensor
 from arc_ao.ops.registry import define
 

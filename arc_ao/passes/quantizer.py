@@ -27,11 +27,11 @@ from torchao.quantization.pt2e.quantizer import (
     Quantizer,
 )
 
+from arc_ao.calibration.few_tokens import RoundingNote, warn_of_few_tokens
 from arc_ao.calibration.observer import ARCObserver
 from arc_ao.calibration.padding import watch, without_padding
 from arc_ao.calibration.session import Member
 from arc_ao.config import ARCConfig
-from arc_ao.methods.few_tokens import RoundingNote, warn_of_few_tokens
 from arc_ao.methods.hessian import quantize_group
 from arc_ao.methods.plan import GroupAnalysis, analyse_group, make_plans
 from arc_ao.methods.weights import LayerPlan

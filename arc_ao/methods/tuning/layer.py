@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arc_ao.formats import nvfp4
-from arc_ao.methods.rotation import rotate
+from arc_ao.formats.rotation import rotate
 from arc_ao.methods.tuning.grid import round_to_grid, start_latent
 from arc_ao.methods.tuning.latent import LowRankLatent
 from arc_ao.ops import quant_augment

@@ -3,7 +3,7 @@
 For logits it is the log-likelihood of a label that is sampled from the model itself, whose gradient
 onehot - p has covariance diag(p) - p p^T, the Hessian of KL(p || softmax(logits + d)) at d = 0. For
 hidden states h it is z . d with z = P n / |h|, n standard normal and P the projection orthogonal to
-h: the Hessian of 1 - cos(h, h + d) is P / |h|^2. See eval/divergence.py for the divergences.
+h: the Hessian of 1 - cos(h, h + d) is P / |h|^2. See outputs/divergence.py for the divergences.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from arc_ao.eval.divergence import CHUNK_ELEMENTS, is_logits, model_output
+from arc_ao.outputs.divergence import CHUNK_ELEMENTS, is_logits, model_output
 
 
 def score_gradient(

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from arc_ao.calibration.data import Batch
 from arc_ao.calibration.padding import kept_tokens_of_output, watched
-from arc_ao.eval.divergence import is_logits, model_output
 from arc_ao.formats.nvfp4 import row_chunks
 from arc_ao.inference import evaluation_mode, run_model
+from arc_ao.outputs.divergence import is_logits, model_output
 from arc_ao.progress import SILENT, Progress
 
 HEAD_ELEMENTS = 1 << 22  # logits of a reference made at a time: enough rows for a matrix product
