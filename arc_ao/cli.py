@@ -174,10 +174,10 @@ def _check_demo_output(folder: Path) -> None:
 def _quantize(args: argparse.Namespace) -> None:
     from arc_ao.config import ARCConfig
     from arc_ao.config_budget import BudgetConfig
+    from arc_ao.flow.targets import choose_by_name
     from arc_ao.integrations.huggingface import load_model, write_files
     from arc_ao.integrations.processor import copy_processor
     from arc_ao.quantize import quantize_
-    from arc_ao.targets import choose_by_name
 
     _refuse_overlap(args.output, args.resume)
     check_output(args.output)
@@ -258,7 +258,7 @@ def _quantized_linears(model: Any, config: Any) -> list[Any]:
     """The linears that will be quantized."""
     import warnings
 
-    from arc_ao.targets import collect_targets
+    from arc_ao.flow.targets import collect_targets
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # quantize_ gives the same ones

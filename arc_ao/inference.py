@@ -1,12 +1,11 @@
 """Run a model for its outputs only."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 
 def run_model(model: nn.Module, batch: dict[str, Any] | Tensor) -> Any:
@@ -52,27 +51,3 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in training.items():
             module.training = mode
-
-
-@contextmanager
-def checkpointed(
-    block: nn.Module, wrap: Callable[[Callable], Callable] = lambda run: run
-) -> Iterator[None]:
-    """Inside, a block keeps nothing for its backward pass but its inputs: it runs a second time.
-
-    Args:
-        wrap: makes of the block's own forward what one call runs, both times.
-    """
-    original, own = block.forward, vars(block).get("forward")
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        run = wrap(original)
-        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-    block.forward = forward
-    try:
-        yield
-    finally:
-        del block.forward
-        if own is not None:
-            block.forward = own

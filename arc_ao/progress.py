@@ -1,7 +1,7 @@
 """One progress bar for a whole call, with the name of its stage and the time that is left.
 
 The bar counts forwards of single tokens: every stage says beforehand how many its work is worth
-(arc_ao/expected_cost.py), so that the time left follows from the time spent.
+(arc_ao/flow/expected_cost.py), so that the time left follows from the time spent.
 """
 
 import time

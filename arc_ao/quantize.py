@@ -1,7 +1,7 @@
 """quantize_: one call, or torchao's three steps, from a model to ARCTensor weights.
 
 one call            collect targets -> prepare -> calibrate -> measure the recipe -> convert,
-                    where weights need Hessians block by block (calibration/sequential.py)
+                    where weights need Hessians block by block (flow/sequential.py)
 step="prepare"      an observer on every linear
 (run the model)     statistics, shared inputs
 step="convert"      one plan for all linears of the config, then one weight after the other;
@@ -26,8 +26,17 @@ from arc_ao.calibration.session import CalibrationSession, Member, detach, obser
 from arc_ao.calibration.work_dir import WorkDir
 from arc_ao.config import ARCConfig
 from arc_ao.config_family import CONFIGS
-from arc_ao.convert_blocks import convert_blocks
-from arc_ao.expected_cost import expected_costs
+from arc_ao.flow.convert_blocks import convert_blocks
+from arc_ao.flow.expected_cost import expected_costs
+from arc_ao.flow.planning import (
+    measure_session,
+    plan_session,
+    plan_unsearched,
+    refuse_one_call,
+    unreached,
+)
+from arc_ao.flow.targets import FilterFn, Targets, check_linear, collect_targets, unsuited
+from arc_ao.flow.trial_run import check_runs, try_out
 from arc_ao.loading import empty_tensor
 from arc_ao.memory import release_memory
 from arc_ao.methods.measured import load_sessions, save_sessions
@@ -35,19 +44,10 @@ from arc_ao.methods.plan import weight_amax
 from arc_ao.methods.recipe import Trial
 from arc_ao.methods.tuning.session import tuning_session
 from arc_ao.methods.weights import quantize_weight
-from arc_ao.planning import (
-    measure_session,
-    plan_session,
-    plan_unsearched,
-    refuse_one_call,
-    unreached,
-)
 from arc_ao.pretrained import is_pretrained_model
 from arc_ao.progress import Progress
 from arc_ao.quantized_linear import set_weight
 from arc_ao.summary import QuantizationSummary, model_bytes, summarize
-from arc_ao.targets import FilterFn, Targets, check_linear, collect_targets, unsuited
-from arc_ao.trial_run import check_runs, try_out
 
 NAME = "_arc_name"  # fully qualified name, on a linear while quantize_ runs
 

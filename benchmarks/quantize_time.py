@@ -34,11 +34,11 @@ from arc_ao.calibration.data import (
     tokens_for_width,
 )
 from arc_ao.eval.perplexity import read_text
-from arc_ao.expected_cost import expected_costs
+from arc_ao.flow.expected_cost import expected_costs
+from arc_ao.flow.targets import collect_targets
 from arc_ao.inference import evaluation_mode, run_model
 from arc_ao.integrations.huggingface import load_model
 from arc_ao.shipped import MIXED_TEXT
-from arc_ao.targets import collect_targets
 
 LAYERS = (8, 16, 32)
 WINDOW = 512

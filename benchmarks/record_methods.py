@@ -24,11 +24,11 @@ from arc_ao import (
     quantize_,
 )
 from arc_ao.cost import PLAIN_BITS, extra_cost
+from arc_ao.flow.targets import FilterFn, collect_targets
 from arc_ao.formats import mxfp4
 from arc_ao.formats.rotation import hadamard_signs, rotate
 from arc_ao.recipes import RECIPES
 from arc_ao.summary import arc_tensors
-from arc_ao.targets import FilterFn, collect_targets
 
 REFERENCE, PLAIN = "unquantized", "plain NVFP4"
 PAPER, DEFAULT, OURS = "ARC (paper) 10 %", "arc_ao 6 %", "arc_ao 10 %"

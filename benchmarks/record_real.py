@@ -41,11 +41,11 @@ from torch import Tensor, nn
 
 from arc_ao import ARCConfig
 from arc_ao.calibration.data import tokens_for_width
+from arc_ao.flow.targets import collect_targets
 from arc_ao.integrations.huggingface import load_model
 from arc_ao.integrations.jsonl_tasks import read_task
 from arc_ao.real_models import QWEN_CODER, SMOLLM2, cache_folder, fetch_model
 from arc_ao.shipped import CALIBRATION_TEXT, MIXED_TEXT
-from arc_ao.targets import collect_targets
 
 PACKAGED = {"smollm2": SMOLLM2, "qwen-coder": QWEN_CODER}
 TASK_TOKENS = 2048

@@ -18,10 +18,10 @@ from arc_ao import (
     quantize_,
 )
 from arc_ao.checkpoints import compressed_tensors, side_file
+from arc_ao.checkpoints.model_files import INDEX
 from arc_ao.cli import main
 from arc_ao.config_budget import BudgetConfig
 from arc_ao.integrations.huggingface import load_model, save_pretrained
-from arc_ao.integrations.model_files import INDEX
 from arc_ao.summary import arc_tensors
 
 FORMATS = ("compressed-tensors", "modelopt")

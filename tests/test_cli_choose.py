@@ -16,7 +16,7 @@ from transformers import (
 
 from arc_ao import ARCConfig
 from arc_ao.cli import main
-from arc_ao.targets import choose_by_name, collect_targets
+from arc_ao.flow.targets import choose_by_name, collect_targets
 
 ALL = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 

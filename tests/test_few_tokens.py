@@ -12,11 +12,11 @@ from torch import Tensor, nn
 import arc_ao
 from arc_ao import ARCConfig, quantize_
 from arc_ao.calibration.few_tokens import RoundingNote, warn_of_few_tokens
-from arc_ao.calibration.gram import Gram, effective_input
 from arc_ao.calibration.held_out import HeldOut
 from arc_ao.calibration.input_gram import InputGram, token_weights
 from arc_ao.methods import gptq, hessian
 from arc_ao.methods.gptq import damping_for, prepare_rounding
+from arc_ao.methods.gram import Gram, effective_input
 from arc_ao.methods.held_error import held_error, held_rows
 from arc_ao.methods.hessian import quantize_group
 from arc_ao.methods.weights import quantize_weight

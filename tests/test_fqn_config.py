@@ -128,7 +128,7 @@ def test_searching_one_config_does_not_feed_another(monkeypatch):
             counts.setdefault(member.name, set()).add(observer_on(member.module).count.item())
         return analyse(session, config, **kwargs)
 
-    from arc_ao import planning as module
+    from arc_ao.flow import planning as module
 
     analyse = module.analyse_session
     monkeypatch.setattr(module, "analyse_session", spy)

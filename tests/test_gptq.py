@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from arc_ao.calibration.gram import Gram, effective_input
 from arc_ao.config import ARCConfig
 from arc_ao.formats import nvfp4
 from arc_ao.methods import gptq
 from arc_ao.methods.gptq import prepare_rounding, round_weight
+from arc_ao.methods.gram import Gram, effective_input
 from arc_ao.methods.scale_search import choose_scales
 from arc_ao.methods.weights import LayerPlan, analyse_weight, in_order, quantize_weight
 from arc_ao.tensor import ARCTensor, arc_linear

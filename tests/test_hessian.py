@@ -12,11 +12,11 @@ from torch import nn
 
 import arc_ao
 from arc_ao import ARCConfig, ARHQConfig, SERQConfig, SVDQuantConfig, quantize_
-from arc_ao.calibration.gram import Gram
 from arc_ao.calibration.input_gram import InputGram
 from arc_ao.calibration.session import observer_on
 from arc_ao.formats import nvfp4
 from arc_ao.formats.rotation import hadamard_signs
+from arc_ao.methods.gram import Gram
 from arc_ao.methods.hessian import planned_hessian
 from arc_ao.methods.prepare import Preparation
 from arc_ao.methods.weights import LayerPlan

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from arc_ao import ARCConfig, quantize_
 from arc_ao.calibration.fisher import OutputFisher, measure_fisher
-from arc_ao.calibration.gram import Gram, effective_input
 from arc_ao.methods import kronecker
 from arc_ao.methods.gptq import prepare_rounding, round_weight
+from arc_ao.methods.gram import Gram, effective_input
 from arc_ao.methods.held_error import held_error
 from arc_ao.methods.output_factor import output_factor, tiled
 from arc_ao.methods.weights import quantize_weight
@@ -175,7 +175,7 @@ def test_one_call_rounds_by_them():
 
 
 def test_a_model_that_cannot_be_differentiated_goes_by_its_inputs(monkeypatch):
-    from arc_ao import planning
+    from arc_ao.flow import planning
 
     monkeypatch.setattr(planning, "measure_fisher", lambda *args, **kwargs: None)
     (mine, _), (other, _) = quantized(hessian="kronecker"), quantized(hessian="inputs")

@@ -10,13 +10,13 @@ from tiny_models import tiny_llama
 from torch import Tensor, nn
 
 from arc_ao import ARCConfig, calibrate, quantize_
-from arc_ao.calibration import sequential
 from arc_ao.calibration.fisher import OutputFisher, measure_fisher
-from arc_ao.calibration.gram import Gram
 from arc_ao.calibration.input_gram import token_weights as energy_weights
 from arc_ao.calibration.session import Member, observer_on
+from arc_ao.flow import sequential
 from arc_ao.methods import kronecker, measured
 from arc_ao.methods.gptq import damping_for
+from arc_ao.methods.gram import Gram
 from arc_ao.methods.held_error import held_rows
 
 

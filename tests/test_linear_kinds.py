@@ -19,7 +19,7 @@ from transformers import (
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from arc_ao import ARCConfig, ARCTensor, NVFP4Config, quantize_
-from arc_ao.trial_run import _WeightReads
+from arc_ao.flow.trial_run import _WeightReads
 
 BALANCED = ARCConfig(recipe="balanced", budget=0.2)
 SIZES = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2}

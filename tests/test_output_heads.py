@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from arc_ao import NVFP4Config, quantize_
-from arc_ao.targets import collect_targets
+from arc_ao.flow.targets import collect_targets
 
 PLAIN = NVFP4Config()
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}

@@ -5,7 +5,7 @@ from test_recipe import batches
 from tiny_models import tiny_llama
 
 from arc_ao import ARCConfig, quantize_
-from arc_ao.expected_cost import expected_costs
+from arc_ao.flow.expected_cost import expected_costs
 from arc_ao.progress import Progress
 
 

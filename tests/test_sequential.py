@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, Gemma3ForCausalLM, Gemma3TextConfig
 
 from arc_ao import ARCConfig, quantize_
-from arc_ao.calibration import sequential
 from arc_ao.calibration.data import calibrate
-from arc_ao.calibration.gram import Gram
 from arc_ao.calibration.session import observer_on
+from arc_ao.flow import sequential
+from arc_ao.methods.gram import Gram
 from arc_ao.methods.hessian import quantize_group
 from arc_ao.methods.plan import analyse_session, make_plans
 from arc_ao.summary import arc_tensors

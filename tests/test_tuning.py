@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from arc_ao import ARCConfig, quantize_
+from arc_ao.calibration import reference
+from arc_ao.calibration.reference import record_references
 from arc_ao.calibration.work_dir import WorkDir
 from arc_ao.methods.tuning import latent, parameters, schedule, session
 from arc_ao.methods.tuning import tune as tuning
-from arc_ao.outputs import reference
 from arc_ao.outputs.divergence import kl_divergence
-from arc_ao.outputs.reference import record_references
 from arc_ao.passes.quantizer import ARCQuantizer
 from arc_ao.summary import arc_tensors
 

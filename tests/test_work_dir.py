@@ -14,8 +14,9 @@ import torch
 from test_quantize import assert_same_tensors, batches
 from tiny_models import tiny_llama
 
-from arc_ao import ARCConfig, planning, quantize_
+from arc_ao import ARCConfig, quantize_
 from arc_ao import quantize as quantize_module
+from arc_ao.flow import planning
 from arc_ao.methods import hessian as convert_module
 
 LAYERS = 3

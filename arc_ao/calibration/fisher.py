@@ -26,12 +26,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
+from arc_ao.blocks import checkpointed, find_blocks
 from arc_ao.calibration.data import Batch
 from arc_ao.calibration.observer import ARCObserver, channel_errors, from_order
 from arc_ao.calibration.padding import kept_tokens_of_output, watched
-from arc_ao.calibration.sequential import find_blocks
 from arc_ao.calibration.session import CalibrationSession, observer_on
-from arc_ao.inference import call_model, checkpointed, evaluation_mode, without_cache
+from arc_ao.inference import call_model, evaluation_mode, without_cache
 from arc_ao.memory import release_memory
 from arc_ao.ops.round_columns import TILE_ROWS, tiled
 from arc_ao.outputs.divergence import model_output

@@ -80,9 +80,9 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _import(args: argparse.Namespace) -> None:
+    from arc_ao.checkpoints.model_files import load_tokenizer
     from arc_ao.checkpoints.read import import_checkpoint
     from arc_ao.integrations.huggingface import save_pretrained
-    from arc_ao.integrations.model_files import load_tokenizer
     from arc_ao.summary import SUMMARY, QuantizationSummary
 
     check_output(args.output)

@@ -23,7 +23,7 @@ from arc_ao.checkpoints.layer import (
     refuse_unshared,
     split,
 )
-from arc_ao.integrations.model_files import INDEX
+from arc_ao.checkpoints.model_files import INDEX
 from arc_ao.output_folder import new_folder, refuse_taken
 from arc_ao.progress import Progress
 from arc_ao.summary import arc_tensors

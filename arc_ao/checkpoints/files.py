@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from arc_ao.checkpoints import modelopt
-from arc_ao.integrations.model_files import INDEX, check_weight_files
+from arc_ao.checkpoints.model_files import INDEX, check_weight_files
 
 
 @dataclass

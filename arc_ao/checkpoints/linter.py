@@ -16,8 +16,8 @@ from torch import Tensor
 from arc_ao.checkpoints import compressed_tensors, modelopt, side_file
 from arc_ao.checkpoints.files import CheckpointFiles
 from arc_ao.checkpoints.layer import fused_groups
+from arc_ao.checkpoints.model_files import INDEX
 from arc_ao.formats.nvfp4 import BLOCK_SIZE, E4M3_NAN
-from arc_ao.integrations.model_files import INDEX
 
 ROW_PARALLEL = ("o_proj", "down_proj", "w2", "out_proj", "dense_4h_to_h", "fc2")  # split along K
 RANK_MULTIPLE = 32  # of in_features on a rank, which kernels of engines expect

@@ -22,7 +22,7 @@ from arc_ao.checkpoints import compressed_tensors, modelopt, side_file
 from arc_ao.checkpoints.files import CheckpointFiles, quantization_of, read_config
 from arc_ao.checkpoints.fp8 import dequantize_fp8
 from arc_ao.checkpoints.layer import Extras, NVFP4Layer, join
-from arc_ao.integrations.model_files import auto_class, load_config
+from arc_ao.checkpoints.model_files import auto_class, load_config
 from arc_ao.quantized_linear import set_weight
 from arc_ao.summary import SOURCE, arc_tensors, model_bytes, summarize
 from arc_ao.tensor import ARCTensor

@@ -9,9 +9,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
-from arc_ao.checkpoints.read import import_checkpoint, is_checkpoint
-from arc_ao.integrations.gguf import find_gguf, load_gguf
-from arc_ao.integrations.model_files import (
+from arc_ao.checkpoints.model_files import (
     auto_class,
     check_weight_files,
     has_own_code,
@@ -19,6 +17,8 @@ from arc_ao.integrations.model_files import (
     load_tokenizer,
     refuse_unfit,
 )
+from arc_ao.checkpoints.read import import_checkpoint, is_checkpoint
+from arc_ao.integrations.gguf import find_gguf, load_gguf
 from arc_ao.integrations.quantizer import attach_quantizer
 from arc_ao.output_folder import new_folder, refuse_taken
 from arc_ao.summary import SUMMARY, arc_tensors

@@ -11,11 +11,11 @@ kept rows that errors are not measured on, so that no row judges what it has fit
 import torch
 from torch import Tensor
 
-from arc_ao.calibration.gram import Gram, effective_input
 from arc_ao.calibration.session import Member
 from arc_ao.config import ARCConfig
 from arc_ao.formats.nvfp4 import BLOCK_SIZE
 from arc_ao.methods.gptq import prepare_rounding
+from arc_ao.methods.gram import Gram, effective_input
 from arc_ao.methods.hessian import quantized
 from arc_ao.methods.plan import GroupAnalysis, plan_member
 from arc_ao.methods.select import Selected

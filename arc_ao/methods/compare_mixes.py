@@ -7,7 +7,6 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from arc_ao.calibration.data import Batch
-from arc_ao.calibration.gram import Gram
 from arc_ao.calibration.padding import kept_tokens_of_output, watched
 from arc_ao.calibration.session import CalibrationSession
 from arc_ao.inference import evaluation_mode, run_model
@@ -15,6 +14,7 @@ from arc_ao.memory import release_memory
 from arc_ao.methods.choice_errors import quantized
 from arc_ao.methods.choices import Menu, Option
 from arc_ao.methods.gptq import prepare_rounding
+from arc_ao.methods.gram import Gram
 from arc_ao.methods.plan import analyse_prepared, group_statistics, plan_member
 from arc_ao.methods.weights import LayerPlan
 from arc_ao.outputs.divergence import model_output, output_divergence

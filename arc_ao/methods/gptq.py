@@ -80,7 +80,7 @@ def prepare_rounding(
     layers, and they are rounded to nearest.
 
     Args:
-        take: hands over H, fp32 [A, A] (see calibration/gram.py), or None. A function, so that
+        take: hands over H, fp32 [A, A] (see methods/gram.py), or None. A function, so that
             nobody holds H while its factor is made: two such matrices are the most there are.
         names: of the linears, for warnings.
         tokens: that H was summed over, for a damping that the config leaves open; None: enough.

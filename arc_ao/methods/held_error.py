@@ -9,9 +9,9 @@ and S the factor of the outputs (output_factor.py), where one is known.
 import torch
 from torch import Tensor
 
-from arc_ao.calibration.gram import effective_input
 from arc_ao.calibration.input_gram import InputGram, row_chunks, token_weights
 from arc_ao.formats import nvfp4
+from arc_ao.methods.gram import effective_input
 from arc_ao.methods.output_factor import OutputFactor, tile_chunks
 from arc_ao.methods.weights import LayerPlan, in_order
 from arc_ao.tensor import ARCTensor

@@ -7,7 +7,7 @@ summed (blocks are chosen after calibration) and is left out: base columns meet 
 Columns copied for `act_channels` meet residuals x - Q(x), whose mean squares calibration knows;
 residuals are nearly white (benchmarks/layer_problems.py), so theirs is a diagonal block.
 
-The one call gathers the products of what each stored column really meets (calibration/gram.py).
+The one call gathers the products of what each stored column really meets (methods/gram.py).
 
 In all flows GPTQ has to leave less error than rounding to nearest on rows that were kept out of the
 sums, weight by weight; where it does not, the weight is rounded to nearest.
@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from arc_ao.calibration.few_tokens import RoundingNote, warn_of_few_tokens
-from arc_ao.calibration.gram import Gram
 from arc_ao.calibration.input_gram import InputGram
 from arc_ao.calibration.session import CalibrationSession, observer_on
 from arc_ao.formats.rotation import rotate
 from arc_ao.methods.gptq import Rounding, prepare_rounding, round_weight
+from arc_ao.methods.gram import Gram
 from arc_ao.methods.held_error import held_error, held_rows
 from arc_ao.methods.output_factor import OutputFactor
 from arc_ao.methods.weights import LayerPlan, in_order, quantize_weight, rows_of

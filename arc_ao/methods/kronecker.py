@@ -1,7 +1,7 @@
 """Kronecker factors of the Fisher information, from its sums to what rounding takes.
 
 The factor of the inputs is a Hessian whose tokens weigh what their errors cost the model's output
-(calibration/gram.py sums it), that of the outputs is in output_factor.py.
+(methods/gram.py sums it), that of the outputs is in output_factor.py.
 """
 
 from typing import Any

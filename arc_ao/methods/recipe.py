@@ -20,13 +20,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from arc_ao.calibration.data import Batch, num_tokens
+from arc_ao.calibration.reference import Reference, record_references
 from arc_ao.calibration.session import CalibrationSession
 from arc_ao.config import ARCConfig
 from arc_ao.inference import evaluation_mode, run_model
 from arc_ao.memory import release_memory
 from arc_ao.methods.plan import analyse_session, make_plans
 from arc_ao.methods.weights import LayerPlan, quantize_weight
-from arc_ao.outputs.reference import Reference, record_references
 from arc_ao.progress import SILENT, Progress
 from arc_ao.recipes import SEARCHED_FIELDS
 

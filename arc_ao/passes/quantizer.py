@@ -32,12 +32,12 @@ from arc_ao.calibration.observer import ARCObserver
 from arc_ao.calibration.padding import watch, without_padding
 from arc_ao.calibration.session import Member
 from arc_ao.config import ARCConfig
+from arc_ao.flow.targets import DTYPES, SKIPPED_NAMES, is_ragged
 from arc_ao.methods.hessian import quantize_group
 from arc_ao.methods.plan import GroupAnalysis, analyse_group, make_plans
 from arc_ao.methods.weights import LayerPlan
 from arc_ao.passes.graph_linears import GraphLinear, match_linear, other_readers
 from arc_ao.passes.rewrite_linear import rewrite_linears
-from arc_ao.targets import DTYPES, SKIPPED_NAMES, is_ragged
 
 ANNOTATION = "quantization_annotation"
 WATCHING = "arc_watching"  # hooks that see which rows are padding

@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from arc_ao.blocks import find_blocks
 from arc_ao.calibration.data import Batch, num_tokens
-from arc_ao.calibration.sequential import find_blocks
+from arc_ao.calibration.reference import Reference, record_references
 from arc_ao.calibration.work_dir import WorkDir
 from arc_ao.config import ARCConfig
 from arc_ao.methods.tuning.parameters import bytes_per_weight, norm_parameters
 from arc_ao.methods.tuning.record import TuningRecord
 from arc_ao.methods.tuning.tune import KEPT_ASIDE, split, tune
 from arc_ao.outputs.divergence import NotComparableError
-from arc_ao.outputs.reference import Reference, record_references
 from arc_ao.progress import Progress
 from arc_ao.tensor import ARCTensor
 

@@ -14,14 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from arc_ao.blocks import checkpointed
 from arc_ao.calibration.data import Batch, num_tokens
+from arc_ao.calibration.reference import Reference
 from arc_ao.calibration.work_dir import WorkDir
-from arc_ao.inference import call_model, checkpointed, evaluation_mode, run_model, without_cache
+from arc_ao.inference import call_model, evaluation_mode, run_model, without_cache
 from arc_ao.methods.tuning.layer import InputCache
 from arc_ao.methods.tuning.parameters import Trainables, install, trainables, under_training
 from arc_ao.methods.tuning.record import TuningRecord
 from arc_ao.methods.tuning.schedule import EVALUATIONS, PATIENCE, Schedule
-from arc_ao.outputs.reference import Reference
 from arc_ao.progress import SILENT, Advance, Progress
 
 KEPT_ASIDE = 0.125  # of the batches, and at least

@@ -1,6 +1,6 @@
 """Convert linears block by block, rounded with the Hessians of their inputs.
 
-The steps between calibration/sequential.py, which says what runs when, and methods/gptq.py.
+The steps between flow/sequential.py, which says what runs when, and methods/gptq.py.
 """
 
 from collections.abc import Callable
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from arc_ao.calibration.data import Batch
 from arc_ao.calibration.few_tokens import RoundingNote, warn_of_few_tokens
 from arc_ao.calibration.fisher import OutputFisher
-from arc_ao.calibration.gram import Gram
-from arc_ao.calibration.sequential import quantize_sequentially
 from arc_ao.calibration.session import CalibrationSession, Member, detach
 from arc_ao.calibration.work_dir import WorkDir
+from arc_ao.flow.sequential import quantize_sequentially
 from arc_ao.memory import release_memory
+from arc_ao.methods.gram import Gram
 from arc_ao.methods.hessian import quantize_group
 from arc_ao.methods.kronecker import factor_of, token_weights
 from arc_ao.methods.weights import LayerPlan

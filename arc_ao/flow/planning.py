@@ -10,6 +10,7 @@ from arc_ao.calibration.data import Batch
 from arc_ao.calibration.fisher import FISHER_TOKENS, measure_fisher
 from arc_ao.calibration.session import CalibrationSession, detach, observer_on
 from arc_ao.config import ARCConfig
+from arc_ao.flow.targets import warn_of_left
 from arc_ao.methods.hessian import shared_roundings
 from arc_ao.methods.kronecker import forget_routed_tokens
 from arc_ao.methods.mix import COMPARED_TOKENS, Mix, search_mix
@@ -17,7 +18,6 @@ from arc_ao.methods.plan import analyse_session, make_plans
 from arc_ao.methods.recipe import Trial, search_batches, search_indices, search_recipe
 from arc_ao.outputs.divergence import NotComparableError
 from arc_ao.progress import SILENT, Progress
-from arc_ao.targets import warn_of_left
 
 
 def unreached(sessions: Iterable[tuple[CalibrationSession, ARCConfig]]) -> dict[str, str]:

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from arc_ao.calibration.data import Batch, num_tokens
+from arc_ao.flow.targets import Targets, refuse_no_targets
 from arc_ao.inference import evaluation_mode, run_model
 from arc_ao.pretrained import is_pretrained_model
-from arc_ao.targets import Targets, refuse_no_targets
 
 
 def try_out(

@@ -23,14 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from arc_ao.blocks import find_blocks
 from arc_ao.calibration.data import Batch, num_tokens
 from arc_ao.calibration.few_tokens import RoundingNote
-from arc_ao.calibration.gram import Gram
 from arc_ao.calibration.padding import kept_rows, watched
 from arc_ao.calibration.session import Member
 from arc_ao.calibration.work_dir import WorkDir
 from arc_ao.inference import evaluation_mode, run_model, without_cache
 from arc_ao.memory import release_memory
+from arc_ao.methods.gram import Gram
 from arc_ao.methods.weights import LayerPlan
 from arc_ao.progress import SILENT, Progress
 from arc_ao.tensor import ARCTensor
@@ -94,21 +95,6 @@ class Recording:
 
 def _first(output: Any) -> Any:
     return output[0] if isinstance(output, (tuple, list)) else output
-
-
-def find_blocks(model: nn.Module, linears: list[nn.Linear]) -> list[nn.Module]:
-    """Modules of the ModuleList of one class that holds most of `linears`, or none.
-
-    Among equals the outermost counts: a list of experts inside a layer is not the chain.
-    """
-    wanted, best, most = {id(linear) for linear in linears}, [], 0
-    for module in model.modules():
-        if not isinstance(module, nn.ModuleList) or len({type(m) for m in module}) != 1:
-            continue
-        held = [sum(id(m) in wanted for m in block.modules()) for block in module]
-        if sum(held) > most and not isinstance(module[0], nn.Linear):
-            best, most = list(module), sum(held)
-    return best
 
 
 def quantize_sequentially(
