@@ -55,6 +55,7 @@ $(CUDA_LIBRARY): $(VENV)/.stamp-cuda build_cuda.py $(CUDA_SOURCES)
 lint: $(VENV)/.stamp-test  ## style checks alone
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 
 # Leaks are not looked for: Python's and torch's own would drown ours.
 sanitize: $(VENV)/.stamp-test  ## native kernels with address and undefined-behaviour checks
@@ -72,7 +73,7 @@ format: $(VENV)/.stamp-test  ## mend what ruff can mend
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment, builds and caches
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis demo_output
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis demo_output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

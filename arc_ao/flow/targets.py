@@ -16,8 +16,8 @@ from torchao.quantization import FqnToConfig
 from torchao.utils import TorchAOBaseTensor
 
 from arc_ao.config import ARCConfig
+from arc_ao.flow.adapters import adapter_modules
 from arc_ao.formats.nvfp4 import BLOCK_SIZE
-from arc_ao.integrations.peft import adapter_modules
 from arc_ao.pretrained import is_pretrained_model
 
 SKIPPED_NAMES = {"lm_head", "embed_out", "classifier", "score", "qa_outputs"}
