@@ -15,8 +15,8 @@ from arc_ao.env import env_report
 from arc_ao.eval.report import layer_report as report
 from arc_ao.loading import pack_weights_
 from arc_ao.passes import disable_inductor_passes, enable_inductor_passes
-from arc_ao.passes.package import export_package, library_path
-from arc_ao.passes.quantizer import convert_arc, prepare_arc
+from arc_ao.passes.export.package import export_package, library_path
+from arc_ao.passes.export.quantizer import convert_arc, prepare_arc
 from arc_ao.quantize import quantize_
 from arc_ao.summary import QuantizationSummary
 from arc_ao.tensor import ARCTensor
@@ -51,7 +51,7 @@ __all__ = [
 # What needs transformers or networkx is imported with its first use.
 _LATER = {
     "add_residuals_": "arc_ao.checkpoints.add_residuals",
-    "explain": "arc_ao.passes.explain",
+    "explain": "arc_ao.inspect.explain",
     "export_checkpoint": "arc_ao.checkpoints.export",
     "import_checkpoint": "arc_ao.checkpoints.read",
     "save_pretrained": "arc_ao.integrations.huggingface",

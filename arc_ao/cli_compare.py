@@ -125,8 +125,8 @@ def _report(args: argparse.Namespace) -> None:
 def _explain(args: argparse.Namespace) -> None:
     import torch
 
+    from arc_ao.inspect.explain import explain
     from arc_ao.integrations.huggingface import load_model
-    from arc_ao.passes.explain import explain
     from arc_ao.text_models import require_text_input
 
     trust = args.trust_remote_code

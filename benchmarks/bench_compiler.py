@@ -28,8 +28,8 @@ from torch._inductor.utils import fresh_cache
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import arc_ao
+from arc_ao.inspect.explain import Explanation
 from arc_ao.passes import arc, run_passes
-from arc_ao.passes.explain import Explanation
 from arc_ao.summary import model_bytes
 
 PLAN = arc_ao.ARCConfig(budget=0.06, recipe="balanced", weight_scale="amax")

@@ -21,9 +21,9 @@ from torch.fx import Graph
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import arc_ao
+from arc_ao.inspect.draw import data_flow
 from arc_ao.ops import native
 from arc_ao.passes import backend
-from arc_ao.passes.draw import data_flow
 from arc_ao.passes.nodes import arc_calls
 
 ROOT = Path(__file__).resolve().parents[1]

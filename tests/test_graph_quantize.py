@@ -8,7 +8,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import arc_ao
 from arc_ao import ARCConfig, convert_arc, prepare_arc
-from arc_ao.passes.quantizer import ARCQuantizer
+from arc_ao.passes.export.quantizer import ARCQuantizer
 
 arc = torch.ops.arc
 TOKENS = torch.randint(VOCAB_SIZE, (4, 48), generator=torch.Generator().manual_seed(0))

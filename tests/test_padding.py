@@ -14,7 +14,7 @@ from arc_ao.calibration.padding import kept_rows, kept_tokens_of_output, watched
 from arc_ao.calibration.session import observer_on
 from arc_ao.eval.report import layer_report
 from arc_ao.inference import run_model
-from arc_ao.passes.quantizer import GraphObserver
+from arc_ao.passes.export.quantizer import GraphObserver
 from arc_ao.quantize import quantize_
 from arc_ao.summary import arc_tensors
 from arc_ao.tensor import ARCTensor

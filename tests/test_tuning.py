@@ -14,7 +14,7 @@ from arc_ao.calibration.work_dir import WorkDir
 from arc_ao.methods.tuning import latent, parameters, schedule, session
 from arc_ao.methods.tuning import tune as tuning
 from arc_ao.outputs.divergence import kl_divergence
-from arc_ao.passes.quantizer import ARCQuantizer
+from arc_ao.passes.export.quantizer import ARCQuantizer
 from arc_ao.summary import arc_tensors
 
 START = ARCConfig(recipe="balanced", budget=0.2)

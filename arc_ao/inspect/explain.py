@@ -12,8 +12,8 @@ from torch._dynamo.utils import counters
 from torch._inductor import config
 from torch.fx import Graph
 
+from arc_ao.inspect.draw import data_flow, draw
 from arc_ao.passes.backend import ArcPass, with_ours
-from arc_ao.passes.draw import data_flow, draw
 from arc_ao.passes.nodes import arc_calls
 from arc_ao.summary import SUMMARY, arc_tensors
 
@@ -32,7 +32,7 @@ class Explanation:
         graphs: compiled graphs; 1 where nothing broke.
         graph_breaks: reasons of the breaks, and how often.
         text: the graphs after the passes, a line a node.
-        flow: networkx.DiGraph of their large operators (passes/draw.py).
+        flow: networkx.DiGraph of their large operators (inspect/draw.py).
     """
 
     linears: int

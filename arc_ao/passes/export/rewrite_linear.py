@@ -7,7 +7,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from arc_ao.ops.layout import scale_layout_for
-from arc_ao.passes.graph_linears import GraphLinear, register, remove_attribute
+from arc_ao.passes.export.graph_linears import GraphLinear, register, remove_attribute
 from arc_ao.passes.nodes import aten, meta_of, value
 from arc_ao.tensor import INPUT_TENSORS, TRANSFORM_TENSORS, ARCTensor
 

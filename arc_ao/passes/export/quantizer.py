@@ -36,8 +36,8 @@ from arc_ao.flow.targets import DTYPES, SKIPPED_NAMES, is_ragged
 from arc_ao.methods.hessian import quantize_group
 from arc_ao.methods.plan import GroupAnalysis, analyse_group, make_plans
 from arc_ao.methods.weights import LayerPlan
-from arc_ao.passes.graph_linears import GraphLinear, match_linear, other_readers
-from arc_ao.passes.rewrite_linear import rewrite_linears
+from arc_ao.passes.export.graph_linears import GraphLinear, match_linear, other_readers
+from arc_ao.passes.export.rewrite_linear import rewrite_linears
 
 ANNOTATION = "quantization_annotation"
 WATCHING = "arc_watching"  # hooks that see which rows are padding

@@ -1,0 +1,1 @@
+"""What the compiler made of a model: what runs, in which order, and a drawing of it."""

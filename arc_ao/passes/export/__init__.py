@@ -1,0 +1,1 @@
+"""Exported programs: observers and quantized operators in their graphs, packages for deployment."""
