@@ -19,7 +19,11 @@ from arc_ao.checkpoints.model_files import (
 )
 from arc_ao.checkpoints.read import import_checkpoint, is_checkpoint
 from arc_ao.integrations.gguf import find_gguf, load_gguf
-from arc_ao.integrations.quantizer import attach_quantizer
+from arc_ao.integrations.quantizer import (
+    ArcHfConfig,  # noqa: F401  (a model that torch.save pickled names both here)
+    ArcHfQuantizer,  # noqa: F401
+    attach_quantizer,
+)
 from arc_ao.output_folder import new_folder, refuse_taken
 from arc_ao.summary import SUMMARY, arc_tensors
 from arc_ao.tensor import ARCTensor
