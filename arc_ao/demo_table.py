@@ -117,7 +117,8 @@ class Subject:
             console.print(f"[bold]{name}[/bold]")
             quantized = copy.deepcopy(self.model)
             start = time.perf_counter()
-            summary = quantize_(quantized, config, calibration_data=batches)
+            data = None if config.recipe == "plain" else batches  # nothing of it is measured
+            summary = quantize_(quantized, config, calibration_data=data)
             seconds = time.perf_counter() - start
             console.print(f"  {summary}", soft_wrap=True)
             _print_trials(summary.trials[0], console)
