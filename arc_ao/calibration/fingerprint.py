@@ -15,9 +15,9 @@ import dataclasses
 import enum
 import functools
 import hashlib
+import importlib.metadata
 import json
 import platform
-import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy
 import torch
-import torchao
 from torch import Tensor, nn
 from torchao.core.config import AOBaseConfig, config_to_dict
 
@@ -36,6 +35,7 @@ PACKAGE = Path(__file__).parents[1]
 LEAVES = (type(None), bool, int, float, complex, str, bytes, range, enum.Enum)
 TORCH_LEAVES = (torch.dtype, torch.device, torch.layout, torch.memory_format)
 MACHINERY = vars(nn.Module()).keys()  # of every module: parameters, hooks, and the mode
+LIBRARIES = ("torch", "torchao", "transformers", "numpy")
 PLACES = {"name_or_path", "_name_or_path"}  # where a model was loaded from
 
 
@@ -63,10 +63,15 @@ def fingerprint(
 def versions() -> str:
     """Of everything whose code computes."""
     source = digest([(str(f.relative_to(PACKAGE)), f.read_bytes()) for f in _source_files()])
-    loaded = sys.modules.get("transformers")
-    libraries = (torch, torchao, *([loaded] if loaded else []), numpy)
-    others = [f"{library.__name__} {library.__version__}" for library in libraries]
+    others = [f"{library} {_version(library)}" for library in LIBRARIES]
     return ", ".join([f"arc_ao {source[:12]}", f"Python {platform.python_version()}", *others])
+
+
+def _version(library: str) -> str:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _source_files() -> list[Path]:
