@@ -38,7 +38,7 @@ def _check_paths(args: argparse.Namespace) -> None:
         path = getattr(args, name, None)
         if path is not None and not path.is_file():
             sys.exit(f"arc-ao {args.command}: --{name}: {path} is not a file")
-    for name in ("json", "plot", "graph", "svg"):
+    for name in ("json", "html", "plot", "graph", "svg"):
         path = getattr(args, name, None)
         if not isinstance(path, Path):
             continue

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from arc_ao.cli_arguments import add_command, add_trust, at_least, console
+from arc_ao.cli_report import report_page, require_original_or_html
 
 
 def add_eval(commands: Any) -> None:
@@ -33,11 +34,24 @@ def add_report(commands: Any) -> None:
     report = add_command(commands, "report", _report, "output SQNR, blocks and bits per layer")
     report.add_argument("model", type=Path, help="quantized model directory")
     report.add_argument(
-        "--original", type=Path, required=True, help="the model before, or GGUF file"
+        "against", type=Path, nargs="?", help="with --html: another one of the same original"
     )
-    report.add_argument("--text", type=Path, help="text file; default: a shipped text")
-    report.add_argument("--tokens", type=at_least(2), default=2048)
-    report.add_argument("--json", type=Path, help="write the rows here")
+    report.add_argument("--original", type=Path, help="the model before, or GGUF file")
+    report.add_argument("--text", type=Path, help="text file; default: shipped texts")
+    report.add_argument("--tokens", type=at_least(2), default=2048, help="for the layers (2048)")
+    report.add_argument(
+        "--html", type=Path, help="write one page here: outliers, SQNR, budget, quality, samples"
+    )
+    report.add_argument(
+        "--quality-tokens",
+        type=at_least(2),
+        default=4096,
+        metavar="N",
+        help="with --html, for perplexity and KL (4096)",
+    )
+    report.add_argument(
+        "--json", type=Path, help="write the rows here; with --html all that the page shows"
+    )
     report.add_argument("--plot", type=Path, help="write a PNG here")
     add_trust(report)
 
@@ -100,6 +114,10 @@ def _eval(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
+    require_original_or_html(args)
+    if args.html:
+        report_page(args)
+        return
     from arc_ao.calibration.data import text_batches
     from arc_ao.eval.perplexity import read_text
     from arc_ao.eval.plot import plot_report

@@ -21,20 +21,32 @@ def require_causal(model: nn.Module) -> None:
     Raises:
         ValueError: an encoder, or an encoder-decoder, of transformers.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    config = getattr(model, "config", None)
-    masked = getattr(config, "model_type", None) in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if getattr(config, "is_encoder_decoder", False):
-        found = "an encoder-decoder"
-    elif masked and not getattr(config, "is_decoder", False):
-        found = "an encoder, which sees the tokens after each one, too"
-    else:
+    found = _other_than_causal(model)
+    if not found:
         return
     raise ValueError(
         f"{type(model).__name__}: expected a causal language model, found {found}: its perplexity "
         "on a plain text would mean nothing"
     )
+
+
+def is_causal_language_model(model: nn.Module) -> bool:
+    """Whether a model of transformers predicts the next token from those before it, and has a head
+    to do so."""
+    return not _other_than_causal(model) and getattr(model, "can_generate", bool)()
+
+
+def _other_than_causal(model: nn.Module) -> str:
+    """What a model of transformers is that sees later tokens too; "" for all others."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        return "an encoder-decoder"
+    masked = getattr(config, "model_type", None) in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if masked and not getattr(config, "is_decoder", False):
+        return "an encoder, which sees the tokens after each one, too"
+    return ""
 
 
 def require_text_input(model: nn.Module, batches: list[Tensor]) -> None:
