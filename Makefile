@@ -25,7 +25,7 @@ CUDA_TOOLS := $(abspath $(VENV))/lib/python3*/site-packages/nvidia/cu13/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-llm test test-cuda-build lint sanitize format clean
+.PHONY: help demo demo-llm test test-cuda-build lint sanitize format docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -68,12 +68,17 @@ sanitize: $(VENV)/.stamp-test  ## native kernels with address and undefined-beha
 		-q --capture=sys -p no:cacheprovider \
 		-k "not compiled and not fake and not opcheck" $(PYTEST_ARGS)
 
+# Warnings are errors; nothing is read from the network. The variable silences an announcement.
+docs: $(VENV)/.stamp-docs  ## build the documentation into site/
+	$(BIN)/python docs/result_tables.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 format: $(VENV)/.stamp-test  ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment, builds and caches
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis demo_output
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis demo_output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -100,6 +105,10 @@ $(VENV)/.stamp-gguf: $(VENV)/.stamp-run
 
 $(VENV)/.stamp-test: $(VENV)/.stamp-run
 	$(PIP_INSTALL) -e '.[test,dev]'
+	@touch $@
+
+$(VENV)/.stamp-docs: $(VENV)/.stamp-run
+	$(PIP_INSTALL) -e '.[docs]'
 	@touch $@
 
 # Headers of CUTLASS and two disassemblers, for builds and tests alone. Without their dependencies:
