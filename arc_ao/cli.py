@@ -245,13 +245,10 @@ def _calibration_batches(
 
 def _tokens_and_reason(config: Any, chosen: Any, model: Any, window: int) -> tuple[int, str]:
     """How many calibration tokens a config wants, and why."""
-    from arc_ao.calibration.data import tokens_for_statistics, tokens_for_width
+    from arc_ao.calibration.data import wanted_tokens
 
-    if not config.needs_hessian:
-        return tokens_for_statistics(window), "enough where no GPTQ asks for more"
-    width = max(linear.in_features for linear in _quantized_linears(model, chosen))
-    reason = f"10 per input channel of the widest linear, {width:,}; at least 16,384"
-    return tokens_for_width(width, window), reason
+    widths = (linear.in_features for linear in _quantized_linears(model, chosen))
+    return wanted_tokens(config, max(widths, default=0), window)
 
 
 def _quantized_linears(model: Any, config: Any) -> list[Any]:

@@ -33,7 +33,7 @@ class SERQConfig(ARCConfig):
     `SERQConfig(num_weight_channels=128, selection="threshold")`. Sorting, a gather at run time,
     belongs to it: flattening moves the channels' sizes into the weights, and only sorted do 16 of
     like size share a block. `channel_order="none"` without the gather loses most of the gain. The
-    paper uses int4 and MXFP4; NVFP4 is an adaptation (benchmarks/layer_methods.py has all three).
+    paper uses int4 and MXFP4; NVFP4 is an adaptation (benchmarks/layers/methods.py has all three).
     """
 
     recipe: Recipe = "balanced"

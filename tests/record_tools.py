@@ -2,18 +2,11 @@
 
 import json
 import lzma
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 from tiny_models import byte_tokenizer, tiny_llama
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))  # scripts
-
-import accuracy  # noqa: E402
-import record_data  # noqa: E402
-import record_models  # noqa: E402
-import record_real  # noqa: E402
+from benchmarks.accuracy import real_subjects, record, subjects, texts
 
 WORDS = "".join(
     f"Sentence {i} of a text that goes on for a while, {i * i} words.\n" for i in range(99)
@@ -26,16 +19,16 @@ def make_record(tmp_path, monkeypatch) -> SimpleNamespace:
     data, model, real = tmp_path / "data", tmp_path / "stories", tmp_path / "real"
     for name in ("wikitext2", "books", "lm_eval", "stsb"):
         (data / name).mkdir(parents=True)
-    (data / record_data.WIKITEXT).write_text(WORDS)
-    with lzma.open(data / record_data.BOOKS, "wt") as file:
+    (data / texts.WIKITEXT).write_text(WORDS)
+    with lzma.open(data / texts.BOOKS, "wt") as file:
         file.write(WORDS.replace("text", "book"))
     rows = [{"query": f"{i} is", "choices": ["odd", "even"], "gold": 1 - i % 2} for i in range(4)]
     task = data / "lm_eval" / "parity.jsonl"
     task.write_text("\n".join(json.dumps(row) for row in rows))
     for module, name, word in (
-        (record_models, "CALIBRATION_TEXT", "play"),
-        (record_real, "CALIBRATION_TEXT", "play"),
-        (record_real, "MIXED_TEXT", "poem"),
+        (subjects, "CALIBRATION_TEXT", "play"),
+        (real_subjects, "CALIBRATION_TEXT", "play"),
+        (real_subjects, "MIXED_TEXT", "poem"),
     ):
         path = tmp_path / f"{word}.txt"
         path.write_text(WORDS.replace("text", word)[:3000])
@@ -48,10 +41,10 @@ def make_record(tmp_path, monkeypatch) -> SimpleNamespace:
     sizes = ["--tokens", "256", "--calibration-tokens", "128", "--task-limit", "2", "--seeds", "2"]
     work, output = tmp_path / "work", tmp_path / "output"
     paths = ["--data", data, "--stories", model, "--work", work, "--output", output]
-    command = ["--all", *map(str, paths), "--models", "stories260K", *sizes]
+    command = [*map(str, paths), "--models", "stories260K", *sizes]
 
     def run(*arguments: str) -> dict:
-        accuracy.main([*command, *arguments])
+        record.main([*command, *arguments])
         return json.loads((output / "accuracy.json").read_text())
 
     return SimpleNamespace(run=run, data=data, work=work, output=output, smollm2=real)

@@ -1,15 +1,11 @@
 """The benchmark of mixes: a row of every kind on a small encoder, within its bounds."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 from tiny_models import save_tiny_bert
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # scripts, not a package
-
-import budget_search  # noqa: E402
+from benchmarks.accuracy import budget_search
 
 
 def test_an_encoder_needs_a_text_and_the_shipped_model_has_one(capsys):

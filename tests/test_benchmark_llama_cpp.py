@@ -10,12 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))  # scripts, not a package
-
-import bench_cpu_model  # noqa: E402
-import bench_llama_cpp as bench  # noqa: E402
-from peers import environments  # noqa: E402
+from benchmarks.common.checkout import ROOT
+from benchmarks.cpu import llama_cpp as bench
+from benchmarks.cpu import model
+from benchmarks.peers import environments
 
 SECONDS = {"bf16": 0.5, "nvfp4": 2.0}  # of a prompt; a token takes a tenth
 PROCESS = f"""
@@ -78,7 +76,7 @@ def test_both_processes_get_the_same_model_and_run():
     args = bench.parse(["--layers", "3", "--kv-heads", "4", "--formats", "q4_0", "bf16"])
     assert args.formats == ["bf16", "q4_0"] and args.ours  # the reference comes first
     argv = bench.options(args, (*bench.SHAPE, *bench.RUN, "budget"))
-    ours = vars(bench_cpu_model.parse(argv))
+    ours = vars(model.parse(argv))
     assert ours["layers"] == 3 and ours["kv_heads"] == 4
     assert all(ours[name] == value for name, value in vars(args).items() if name in ours)
 
@@ -123,7 +121,7 @@ def test_rows_of_the_processes_and_no_file_left(tmp_path, monkeypatch, capsys):
 def test_a_missing_environment_is_named(tmp_path, monkeypatch):
     built = environments.interpreter
     monkeypatch.setattr(environments, "interpreter", lambda peer: built(peer, tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"run `.*environments.py llama_cpp`"):
+    with pytest.raises(FileNotFoundError, match=r"run `.*peers.environments llama_cpp`"):
         bench.main(["--no-ours"])
 
 
@@ -137,7 +135,7 @@ def test_the_peer_is_compiled_here_from_pinned_sources():
 def test_gguf_file_holds_the_model(tmp_path, monkeypatch):
     """Names, types and values that llama.cpp reads, down to the same weights of the same seed."""
     gguf = pytest.importorskip("gguf", reason="writes a GGUF file: needs gguf")
-    monkeypatch.syspath_prepend(str(BENCHMARKS / "peers"))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "peers"))
     import gguf_file
 
     sizes = {"layers": 2, "hidden": 64, "intermediate": 128, "heads": 4, "kv_heads": 2}

@@ -2,7 +2,6 @@
 
 import json
 import struct
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +9,11 @@ import pytest
 import torch
 from tiny_models import save_tiny_bert
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))  # scripts, not a package
-
-import accuracy  # noqa: E402
-import encoder  # noqa: E402
-import gptq_memory  # noqa: E402
-import imatrix  # noqa: E402
-import layer_sqnr  # noqa: E402
-import peak_memory  # noqa: E402
+from benchmarks.accuracy import embeddings, encoder
+from benchmarks.accuracy.methods import PLAIN, quantized_rows
+from benchmarks.common import memory
+from benchmarks.layers import imatrix, sqnr
+from benchmarks.memory import gptq, peak
 
 
 def write_imatrix(path: Path, entries: dict[str, tuple[int, list[float]]]) -> Path:
@@ -57,13 +52,13 @@ def test_imatrix_cut_short_is_refused(tmp_path, keep):
 def test_sqnr_of_a_known_error():
     """Signal energy 3^2 + 4^2 = 25 against error energy 0.5^2 = 0.25: a ratio of 100, 20 dB."""
     reference = torch.tensor([[3.0, 4.0]])
-    assert layer_sqnr.sqnr_db(reference, torch.tensor([[3.0, 4.5]])) == pytest.approx(20.0)
-    assert layer_sqnr.sqnr_db(reference, reference) == float("inf")
+    assert sqnr.sqnr_db(reference, torch.tensor([[3.0, 4.5]])) == pytest.approx(20.0)
+    assert sqnr.sqnr_db(reference, reference) == float("inf")
 
 
 def test_constructed_activations_have_the_profile():
     rms = torch.tensor([0.0, 0.5, 8.0])
-    x = layer_sqnr.activations(rms, 200_000, torch.Generator().manual_seed(0))
+    x = sqnr.activations(rms, 200_000, torch.Generator().manual_seed(0))
     torch.testing.assert_close(x.square().mean(0).sqrt(), rms, rtol=0.03, atol=0.0)
     kurtosis = (x[:, 2] / 8).pow(4).mean()
     assert kurtosis > 5  # 3 for a Gaussian, 9 in the limit
@@ -72,53 +67,53 @@ def test_constructed_activations_have_the_profile():
 def test_balanced_weights_of_a_dead_channel_are_finite():
     rms = torch.tensor([0.0, 1.0, 4.0, 1.0])
     generator = torch.Generator().manual_seed(0)
-    assert layer_sqnr.random_weight(rms, 8, "balanced", generator).isfinite().all()
+    assert sqnr.random_weight(rms, 8, "balanced", generator).isfinite().all()
 
 
 def test_profiles_take_layers_in_order():
     """Files list layers in any order, and 10 comes after 9."""
     rms = {f"blk.{i}.ffn_up.weight": torch.tensor([float(i)]) for i in (10, 2, 0, 9)}
     rms["blk.1.ffn_down.weight"] = torch.tensor([-1.0])
-    assert [p.item() for p in layer_sqnr.profiles(rms, "MLP input", 1)] == [0, 2, 9, 10]
-    assert [p.item() for p in layer_sqnr.profiles(rms, "MLP input", 3)] == [0, 10]
+    assert [p.item() for p in sqnr.profiles(rms, "MLP input", 1)] == [0, 2, 9, 10]
+    assert [p.item() for p in sqnr.profiles(rms, "MLP input", 3)] == [0, 10]
     with pytest.raises(ValueError, match="attn_q"):
-        layer_sqnr.profiles(rms, "attention input", 1)
+        sqnr.profiles(rms, "attention input", 1)
 
 
 def test_mean_pool_leaves_padding_out():
     hidden = torch.tensor([[[1.0], [3.0], [100.0]], [[5.0], [7.0], [9.0]]])
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
-    assert encoder.mean_pool(hidden, mask).tolist() == [[2.0], [7.0]]
+    assert embeddings.mean_pool(hidden, mask).tolist() == [[2.0], [7.0]]
 
 
 def test_select_lines_counts_long_lines_only():
     """201 characters are long, 200 are not; calibration and evaluation keep their distance."""
     long = [f"{i:03d}" + "x" * 198 for i in range(110)]
     text = "\n".join(line for i in long for line in ("", " short ", "y" * 200, f" {i} "))
-    calibration, evaluation = encoder.select_lines(text, 3, 5)
+    calibration, evaluation = embeddings.select_lines(text, 3, 5)
     assert [line[:3] for line in calibration] == ["000", "001", "002"]
     assert [line[:3] for line in evaluation] == ["100", "101", "102", "103", "104"]
     with pytest.raises(ValueError, match="at least 111 lines"):
-        encoder.select_lines(text, 3, 11)
+        embeddings.select_lines(text, 3, 11)
 
 
-def test_accuracy_without_text_says_what_to_pass(capsys):
+def test_an_encoder_without_text_says_what_to_pass(capsys):
     with pytest.raises(SystemExit):
-        accuracy.main([])
+        encoder.main([])
     assert "wiki.test.tokens" in capsys.readouterr().err
 
 
-def test_accuracy_runs(tmp_path, capsys):
+def test_encoder_runs(tmp_path, capsys):
     save_tiny_bert(tmp_path / "model")
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"{i} " + "some words " * 20 for i in range(110)), encoding="utf-8")
     lines = ["--calibration-lines", "2", "--evaluation-lines", "3"]
-    accuracy.main(["--model", str(tmp_path / "model"), "--text", str(text), *lines])
+    encoder.main(["--model", str(tmp_path / "model"), "--text", str(text), *lines])
     result = last_json(capsys)
-    assert list(result["rows"]) == list(accuracy.quantized_rows())
+    assert list(result["rows"]) == list(quantized_rows())
     assert all(0 < row["one_minus_cosine"] < 0.5 for row in result["rows"].values())
-    assert result["rows"][accuracy.PLAIN]["of_plain"] == 1
-    assert "pooler.dense" not in json.dumps(result["rows"][accuracy.PLAIN]["config"])
+    assert result["rows"][PLAIN]["of_plain"] == 1
+    assert "pooler.dense" not in json.dumps(result["rows"][PLAIN]["config"])
     assert result["rows"]["arc_ao 10 %"]["trials"]
 
 
@@ -127,40 +122,38 @@ def test_layer_sqnr_runs(tmp_path, capsys):
     entries = {f"blk.{i}.attn_q.weight": (1, profile * 8) for i in range(3)}
     path = write_imatrix(tmp_path / "m.dat", entries)
     sizes = ["--tokens", "16", "--out-features", "16", "--every", "2"]
-    layer_sqnr.main(["--imatrix", str(path), "--kinds", "attention input", *sizes])
+    sqnr.main(["--imatrix", str(path), "--kinds", "attention input", *sizes])
     result = last_json(capsys)
     assert result["data"] == "constructed"
     rows = result["results"]["m.dat"]["attention input"]
     assert len(rows["arc_ao 10 %"]["sqnr_db_by_layer"]) == 2
-    assert rows["arc_ao 10 %"]["sqnr_db"] > rows[accuracy.PLAIN]["sqnr_db"] > 5
+    assert rows["arc_ao 10 %"]["sqnr_db"] > rows[PLAIN]["sqnr_db"] > 5
 
 
-@pytest.mark.skipif(not peak_memory.STATUS.exists(), reason="reads /proc of Linux")
+@pytest.mark.skipif(not memory.STATUS.exists(), reason="reads /proc of Linux")
 def test_peak_of_sees_memory_that_is_freed_again():
     def allocate() -> None:
         torch.ones(32 * 2**20, dtype=torch.uint8)
 
-    for measure in (peak_memory.peak_of, peak_memory._sampled_peak):
-        before = peak_memory.settle()
+    for measure in (memory.peak_of, memory.sampled_peak):
+        before = memory.settle()
         assert 24 * 2**20 < measure(allocate) - before < 64 * 2**20
 
 
-@pytest.mark.skipif(not peak_memory.STATUS.exists(), reason="reads /proc of Linux")
-def test_peak_memory_runs(monkeypatch, capsys):
-    monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS.parent))  # of the fresh process
+@pytest.mark.skipif(not memory.STATUS.exists(), reason="reads /proc of Linux")
+def test_peak_memory_runs(capsys):
     sizes = ["--layers", "1", "--hidden", "64", "--intermediate", "128", "--tokens", "16"]
-    code = peak_memory.main([*sizes, "--threads", "1"])
+    code = peak.main([*sizes, "--threads", "1"])
     result = last_json(capsys)
     assert code == (0 if result["passed"] else 1)
     assert result["layer_bytes"] == 2 * (64 * 64 * 2 + 2 * 16 * 64 + 3 * 64 * 128 + 2 * 64)
     assert 0.99 * result["rest_bytes"] <= result["peak_bytes"]  # a page may be given back
 
 
-@pytest.mark.skipif(not peak_memory.STATUS.exists(), reason="reads /proc of Linux")
-def test_gptq_memory_runs(monkeypatch, capsys):
-    monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS.parent))  # of the fresh process
+@pytest.mark.skipif(not memory.STATUS.exists(), reason="reads /proc of Linux")
+def test_gptq_memory_runs(capsys):
     sizes = ["--layers", "2", "--hidden", "64", "--intermediate", "128", "--tokens", "16"]
-    code = gptq_memory.main([*sizes, "--threads", "1", "--batches", "2"])
+    code = gptq.main([*sizes, "--threads", "1", "--batches", "2"])
     result = last_json(capsys)
     assert code == (0 if result["passed"] else 1)
     assert result["hessian_bytes"] == 4 * (3 * 64 * 64 + 128 * 128)

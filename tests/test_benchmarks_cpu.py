@@ -6,21 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))  # scripts, not a package
-
-import bench_cpu_gemm  # noqa: E402
-import bench_cpu_model  # noqa: E402
-import bench_guards  # noqa: E402
-import cpu_providers  # noqa: E402
-import load_time  # noqa: E402
-import probes  # noqa: E402
-import timing  # noqa: E402
+from benchmarks.common import acceptance, timing
+from benchmarks.common.acceptance import Line
+from benchmarks.common.checkout import ROOT
+from benchmarks.cpu import gemm, guards, load_time, model, probes, providers
 
 needs_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="the probes need a C++ compiler"
@@ -40,20 +33,20 @@ def test_samples_are_taken_in_turns():
 @pytest.mark.parametrize(
     "line, verdict",
     [
-        (timing.Line("speed", 2.0, at_least=2.0), "PASS"),
-        (timing.Line("speed", 1.9, at_least=2.0), "FAIL"),
-        (timing.Line("time", 1.1, at_most=1.0), "FAIL"),
-        (timing.Line("tiles", None, at_least=0.5, missing="needs AMX"), "needs AMX"),
+        (Line("speed", 2.0, at_least=2.0), "PASS"),
+        (Line("speed", 1.9, at_least=2.0), "FAIL"),
+        (Line("time", 1.1, at_most=1.0), "FAIL"),
+        (Line("tiles", None, at_least=0.5, missing="needs AMX"), "needs AMX"),
     ],
 )
 def test_acceptance_line(line, verdict):
     assert line.verdict == verdict
-    assert timing.all_passed([line]) == (verdict != "FAIL")
+    assert acceptance.all_passed([line]) == (verdict != "FAIL")
 
 
 def test_cold_weights_are_taken_in_turn():
     weights = [torch.full((1, 16), float(i)) for i in range(3)]
-    provider = cpu_providers.Provider(weights, 64, 16, torch.float32, lambda x, w: w[0, 0].item())
+    provider = providers.Provider(weights, 64, 16, torch.float32, lambda x, w: w[0, 0].item())
     run = provider.runner(torch.ones(1, 16), warm=False)
     assert sorted(itertools.islice(iter(run, None), 3)) == [0.0, 1.0, 2.0]
     run = provider.runner(torch.ones(1, 16), warm=True)
@@ -63,10 +56,10 @@ def test_cold_weights_are_taken_in_turn():
 def test_a_wrong_product_is_found():
     """One stored code too large by a step is far outside the bound."""
     torch.manual_seed(0)
-    weight = cpu_providers.nvfp4_weight(torch.randn(32, 256).bfloat16(), share=0.25)
+    weight = providers.nvfp4_weight(torch.randn(32, 256).bfloat16(), share=0.25)
     assert weight.num_act_channels == weight.num_weight_channels == 32
     x = torch.randn(3, 256).bfloat16()
-    assert cpu_providers.check(weight, x)["columns"] == 32
+    assert providers.check(weight, x)["columns"] == 32
 
     class Wrong(type(weight)):
         """Says to the check that it is another weight than the one it multiplies with."""
@@ -78,7 +71,7 @@ def test_a_wrong_product_is_found():
 
     weight.__class__ = Wrong
     with pytest.raises(AssertionError, match="M=3"):
-        cpu_providers.check(weight, x)
+        providers.check(weight, x)
 
 
 @needs_compiler
@@ -94,10 +87,10 @@ def test_gemm_benchmark_runs(capsys, monkeypatch):
     monkeypatch.setattr(timing, "SAMPLE_SECONDS", 1e-4)
     sizes = ["--in-features", "128", "--out-features", "48", "--rows", "1", "17"]
     few = ["--rounds", "2", "--footprint-mib", "1", "--threads", "1"]
-    providers = ["--providers", "bf16", "fp32", "nvfp4", "arc"]
+    compared = ["--providers", "bf16", "fp32", "nvfp4", "arc"]
     threads = torch.get_num_threads()
     try:
-        assert bench_cpu_gemm.main([*sizes, *few, *providers]) == 0
+        assert gemm.main([*sizes, *few, *compared]) == 0
     finally:
         torch.set_num_threads(threads)
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -118,7 +111,7 @@ def test_gemm_benchmark_runs(capsys, monkeypatch):
 
 def test_guard_benchmark_runs(capsys):
     """Every variant is compiled once: a sample in another state of the weights would raise."""
-    assert bench_guards.main(["--linears", "2", "--budget", "0.0", "--rounds", "2"]) == 0
+    assert guards.main(["--linears", "2", "--budget", "0.0", "--rounds", "2"]) == 0
     seconds = json.loads(capsys.readouterr().out.splitlines()[-1])["seconds"]
     both = ["bf16, unguarded", "arc_ao, unguarded"]
     assert list(seconds) == ["bf16", "arc_ao", "made anew", *both]
@@ -128,10 +121,10 @@ def test_guard_benchmark_runs(capsys):
 def test_searched_scales_are_judged_round_by_round():
     """The median of the ratios, not the ratio of medians, which noise between rounds moves."""
 
-    def line(searched, wide) -> timing.Line:
-        seconds = {bench_cpu_model.SEARCHED: searched, bench_cpu_model.WIDE: wide}
+    def line(searched, wide) -> Line:
+        seconds = {model.SEARCHED: searched, model.WIDE: wide}
         figures = {name: {"prefill_cpu_seconds": s} for name, s in seconds.items()}
-        return bench_cpu_model.scale_acceptance(figures)[0]
+        return model.scale_acceptance(figures)[0]
 
     assert line([1.05, 2.1, 8.0], [1.0, 2.0, 4.0]).value == pytest.approx(1.05)
     assert line([1.05, 2.1, 8.0], [1.0, 2.0, 4.0]).verdict == "PASS"
@@ -143,18 +136,17 @@ def test_searched_scales_are_judged_round_by_round():
 @pytest.mark.parametrize(
     "options, names, lines",
     [
-        ([], bench_cpu_model.VARIANTS, 7),
-        (["--block-scales", "--rounds", "1"], bench_cpu_model.SCALE_VARIANTS, 1),
+        ([], model.VARIANTS, 7),
+        (["--block-scales", "--rounds", "1"], model.SCALE_VARIANTS, 1),
     ],
 )
 def test_model_benchmark_runs(options, names, lines):
     """Processes that each compile one layer for a prompt and for a token."""
     sizes = ["--layers", "1", "--hidden", "64", "--intermediate", "128", "--heads", "4"]
     sizes += ["--kv-heads", "2", "--vocabulary", "64", "--prompt", "8", "--tokens", "2"]
-    command = [sys.executable, BENCHMARKS / "bench_cpu_model.py", *sizes, *options]
+    command = [sys.executable, "-m", "benchmarks.cpu.model", *sizes, *options]
     command += ["--threads", "1"]
-    environment = os.environ | {"PYTHONPATH": str(BENCHMARKS.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert tuple(result["variants"]) == names
@@ -169,9 +161,8 @@ def test_model_benchmark_runs(options, names, lines):
 def test_compiler_benchmark_counts_and_packs():
     """One small layer; the counts, the recompilations and the package do not depend on sizes."""
     sizes = ["--layers", "1", "--hidden", "256", "--rounds", "0", "--threads", "1"]
-    command = [sys.executable, BENCHMARKS / "bench_compiler.py", *sizes]
-    environment = os.environ | {"PYTHONPATH": str(BENCHMARKS.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    command = [sys.executable, "-m", "benchmarks.cpu.compiler", *sizes]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     lines = json.loads(done.stdout.splitlines()[-1])["acceptance"]
     verdicts = {line["name"]: line["verdict"] for line in lines}

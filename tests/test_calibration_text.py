@@ -2,20 +2,14 @@
 
 import hashlib
 import json
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
 from arc_ao.shipped import HELDOUT_TEXT, MIXED_TEXT
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
-import calibration_sources
-import calibration_text
-from calibration_sources import Section
-from calibration_written import mathematics, phrases, questions
+from benchmarks.calibration_text import make, sources
+from benchmarks.calibration_text.sources import Section
+from benchmarks.calibration_text.written import mathematics, phrases, questions
 
 SHARES = {
     "prose": 0.30,
@@ -78,9 +72,9 @@ def test_every_beginning_and_every_window_is_mixed():
 
 def test_nothing_of_the_heldout_text():
     heldout = HELDOUT_TEXT.read_text("utf-8")
-    assert calibration_text.overlap(TEXT.decode(), heldout, 8) == []
+    assert make.overlap(TEXT.decode(), heldout, 8) == []
     words = " ".join(heldout.split()[5000:5030])
-    assert len(calibration_text.overlap(f"so {words}", heldout, 8)) > 10  # it would be seen
+    assert len(make.overlap(f"so {words}", heldout, 8)) > 10  # it would be seen
 
 
 def test_what_the_program_writes_is_in_the_text():
@@ -88,27 +82,27 @@ def test_what_the_program_writes_is_in_the_text():
     text = TEXT.decode()
     for written in (mathematics(136), questions(84), phrases()):
         assert [item for item in written if item not in text] == []
-    own = calibration_sources.own_sections("languages", "languages.txt")
+    own = sources.own_sections("languages", "languages.txt")
     assert len(own) > 40 and [s.source for s in own if s.text not in text] == []
 
 
 def test_sources_and_kinds_alternate():
     """Two kinds, one with two sources: each is spread over the whole by the middle of its parts."""
     part = lambda kind, source, n: [Section(kind, source, f"{source}{i}" * 9) for i in range(n)]
-    mixed = calibration_text.mix([part("a", "x", 2), part("a", "y", 2), part("b", "z", 2)])
+    mixed = make.mix([part("a", "x", 2), part("a", "y", 2), part("b", "z", 2)])
     assert [s.text[:2] for s in mixed] == ["x0", "z0", "y0", "x1", "z1", "y1"]
 
 
 def test_paragraphs_become_sections_of_the_size_wanted():
-    found = calibration_sources.sections("prose", "book", ["x" * 700] * 5, limit=2_000)
+    found = sources.sections("prose", "book", ["x" * 700] * 5, limit=2_000)
     assert [s.size for s in found] == [700 + 2 + 700 + 2] * 2
-    assert calibration_sources.paragraphs("\ufeff**LEAR**\n\nBlow!\n\n\n**bold**") == [
+    assert sources.paragraphs("\ufeff**LEAR**\n\nBlow!\n\n\n**bold**") == [
         "LEAR: Blow!",
         "bold",
     ]
 
 
 def test_a_phrase_that_is_not_in_the_books_is_named():
-    book = calibration_sources.Book("prose", "Somebody, Something", "no such phrase", 1_000)
+    book = sources.Book("prose", "Somebody, Something", "no such phrase", 1_000)
     with pytest.raises(ValueError, match="expected 'no such phrase' once in the books, found 0"):
-        calibration_sources.book_sections("\n\nother words\n\n", book)
+        sources.book_sections("\n\nother words\n\n", book)

@@ -1,14 +1,8 @@
 """Exports in the hands of the libraries whose form they have, where those are installed."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))  # scripts, not a package
-
-from peers import check_exports, environments  # noqa: E402
+from benchmarks.peers import check_exports, environments
 
 
 @pytest.mark.slow

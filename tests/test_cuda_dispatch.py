@@ -13,7 +13,6 @@ from arc_ao.ops.cuda import dispatch, tuning
 from arc_ao.ops.cuda.tuning import Rule
 
 ROOT = Path(__file__).parent.parent
-BENCHMARKS = ROOT / "benchmarks"
 PYTORCH_S = [name.removeprefix("arc::") for name in (*UNQUANTIZED, *WEIGHTS)]
 QUANTIZED = [name for name in OPERATORS if name not in (*UNQUANTIZED, *WEIGHTS)]
 
@@ -159,21 +158,20 @@ def test_tables_are_in_the_package():
 def test_a_measured_table_is_one_that_is_read(tmp_path, monkeypatch):
     """Every candidate, placed on a shape, survives; a route that is best again extends its rule."""
     pytest.importorskip("triton", reason="the kernels for NVIDIA GPUs are written in triton")
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import gpu_tune
+    from benchmarks.gpu import tune
 
-    shape = gpu_tune.SHAPES[0]
-    rules = [gpu_tune.placed(r, m, shape) for m in (1, 4, 256) for r in gpu_tune.candidates(m)]
+    shape = tune.SHAPES[0]
+    rules = [tune.placed(r, m, shape) for m in (1, 4, 256) for r in tune.candidates(m)]
     assert {rule.route for rule in rules} == {"row", "tiles", "decode"}
     rules += tuning.read_table(tuning.TABLES / "default.json")
     path = tmp_path / "sm_90.json"
-    path.write_text(gpu_tune.table_text({"capability": "9.0", "measured": {"gpu": "x"}}, rules))
+    path.write_text(tune.table_text({"capability": "9.0", "measured": {"gpu": "x"}}, rules))
     assert tuning.read_table(path) == tuple(rules)
-    monkeypatch.setattr(gpu_tune.providers, "build", lambda *_: None)
+    monkeypatch.setattr(tune.providers, "build", lambda *_: None)
     order = iter([Rule("row")] * 3 + [Rule("tiles")] * 2 + [Rule("decode")] * 6)
-    monkeypatch.setattr(gpu_tune, "fastest", lambda *_: next(order))
-    tiny = gpu_tune.Shape("tiny", "square", 16, 16)
-    best = gpu_tune.best_rules(torch.device("cpu"), tiny, {})
+    monkeypatch.setattr(tune, "fastest", lambda *_: next(order))
+    tiny = tune.Shape("tiny", "square", 16, 16)
+    best = tune.best_rules(torch.device("cpu"), tiny, {})
     assert [(r.route, r.max_m, r.n, r.k) for r in best] == [
         ("row", 4, 16, 16), ("tiles", 16, 16, 16), ("decode", 1024, 16, 16)
     ]  # fmt: skip
@@ -183,16 +181,13 @@ def test_the_suite_runs_from_a_bare_checkout(tmp_path):
     """With torch alone: the operators load without arc_ao's other imports, and a dry run checks,
     times and writes its report."""
     code = (
-        "import sys, gpu_operators, gpu_suite;"
-        "gpu_operators.NEEDED = ('no_such_package',);"
-        "gpu_suite.load_operators.__defaults__ = (gpu_operators.NEEDED,);"
+        "import sys; from benchmarks.gpu import gpu_suite;"
+        "gpu_suite.load_operators.__defaults__ = (('no_such_package',),);"
         f"status = gpu_suite.main(['--dry-run', '--output', {str(tmp_path)!r}, '--budget', '60']);"
         "heavy = {'torchao', 'transformers', 'rich', 'matplotlib'} & sys.modules.keys();"
         "assert not heavy, heavy; sys.exit(status)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=BENCHMARKS, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     document = json.loads((tmp_path / "gpu_suite.json").read_text())
     verdicts = {check["verdict"] for check in document["checks"]}

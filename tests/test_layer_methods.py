@@ -1,20 +1,13 @@
-"""benchmarks/layer_methods.py: its problems, its accounts of the papers' claims, and end to end."""
+"""benchmarks/layers: its problems, its accounts of the papers' claims, and end to end."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from test_benchmarks import last_json, write_imatrix
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))  # scripts
-
-import layer_formats  # noqa: E402
-import layer_methods  # noqa: E402
-import layer_problems  # noqa: E402
-import layer_relations  # noqa: E402
-from test_benchmarks import last_json, write_imatrix  # noqa: E402
+from benchmarks.layers import formats, methods, problems, relations
 
 
 def profile(channels: int) -> list[float]:
@@ -26,7 +19,7 @@ def profile(channels: int) -> list[float]:
 def test_constructed_channels_have_the_profile_and_the_correlation(common, expected):
     """Mean squared correlation common^2 / 32 for loadings in random directions."""
     rms = torch.logspace(-1, 1, 200)
-    x = layer_problems._mixed(rms, 20_000, common, torch.Generator().manual_seed(1))
+    x = problems._mixed(rms, 20_000, common, torch.Generator().manual_seed(1))
     torch.testing.assert_close(x.square().mean(0).sqrt(), rms, rtol=0.1, atol=0.0)
     r = torch.corrcoef(x.t())
     mean_square = ((r.square().sum() - 200) / (200 * 199)).item() - 1 / 20_000
@@ -35,8 +28,8 @@ def test_constructed_channels_have_the_profile_and_the_correlation(common, expec
 
 def test_a_thinned_profile_keeps_neighbours_of_all_of_it():
     rms = torch.arange(1000.0)
-    assert torch.equal(layer_problems.thinned(rms, None), rms)
-    kept = layer_problems.thinned(rms, 300)  # two of seven whole blocks of 128: 0 and 3
+    assert torch.equal(problems.thinned(rms, None), rms)
+    kept = problems.thinned(rms, 300)  # two of seven whole blocks of 128: 0 and 3
     assert torch.equal(kept, torch.cat([rms[:128], rms[384:512]]))
 
 
@@ -45,22 +38,22 @@ def test_serqs_parts_by_hand():
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(8, 64, generator=generator), torch.randn(9, 64, generator=generator)
     x[:, 3] = 0.0  # dead: keeps its scale
-    problem = layer_problems.Problem("MLP input", weight, x, x)
-    exact = layer_formats.serq_output(problem, lambda t: t, 32)
+    problem = problems.Problem("MLP input", weight, x, x)
+    exact = formats.serq_output(problem, lambda t: t, 32)
     torch.testing.assert_close(exact, x @ weight.t())
-    levels = layer_formats.int4_rounded(weight) / (weight.abs().amax(1, keepdim=True) / 7)
+    levels = formats.int4_rounded(weight) / (weight.abs().amax(1, keepdim=True) / 7)
     assert levels.abs().amax() == 7 and torch.allclose(levels, levels.round())
-    assert not layer_formats.int4_rounded(torch.zeros(2, 64)).any()
+    assert not formats.int4_rounded(torch.zeros(2, 64)).any()
     error = lambda y: (y - x @ weight.t()).norm()
-    plain = layer_formats.plain_output(problem, layer_formats.int4_rounded)
-    assert error(layer_formats.serq_output(problem, layer_formats.int4_rounded, 64)) < error(plain)
+    plain = formats.plain_output(problem, formats.int4_rounded)
+    assert error(formats.serq_output(problem, formats.int4_rounded, 64)) < error(plain)
 
 
 def test_problems_of_a_model_are_what_its_linears_read():
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     data = torch.randn(3, 5, 4), torch.randn(2, 5, 4)
     run = [lambda x=x: model(x) for x in data]
-    (problem,) = layer_problems.of_model(model, {"2": "MLP middle"}, tuple(run))
+    (problem,) = problems.of_model(model, {"2": "MLP middle"}, tuple(run))
     hidden = [model[1](model[0](x)).flatten(0, 1) for x in data]
     assert problem.kind == "MLP middle" and torch.equal(problem.weight, model[2].weight)
     assert torch.equal(problem.calibration, hidden[0])
@@ -69,16 +62,14 @@ def test_problems_of_a_model_are_what_its_linears_read():
 
 
 def rows(**sqnr_db: float) -> dict:
-    names = {
-        name for better, worse, _ in layer_relations.CLAIMS.values() for name in (better, worse)
-    }
+    names = {name for better, worse, _ in relations.CLAIMS.values() for name in (better, worse)}
     return {name: {"sqnr_db": sqnr_db.get(name.replace(" ", "_"), 20.0)} for name in names}
 
 
 def test_relations_are_mean_gains_and_wins():
     """ARHQ +1 and -0.4 dB over one SVD: mean +0.3, one win of two. Equal rows: no claim of a gain
     holds, that of "not worse" does."""
-    found = layer_relations.relations([rows(ARHQ_r128=21.0), rows(ARHQ_r128=19.6)])
+    found = relations.relations([rows(ARHQ_r128=21.0), rows(ARHQ_r128=19.6)])
     claim = found["ARHQ beats one SVD at rank 128"]
     assert (claim["gain_db"], claim["wins"], claim["of"]) == (pytest.approx(0.3), 1, 2)
     assert claim["holds"]
@@ -92,7 +83,7 @@ def test_every_row_end_to_end_and_the_check_fails_with_a_relation(tmp_path, caps
     path = write_imatrix(tmp_path / "m.dat", {"blk.0.ffn_up.weight": (1, profile(128))})
     arguments = ["--imatrix", str(path), "--kinds", "MLP input", "--tokens", "96"]
     arguments += ["--out-features", "48", "--record", str(tmp_path / "record.json")]
-    layer_methods.main(arguments)
+    methods.main(arguments)
     document = last_json(capsys)
     ((kinds,),) = [r["kinds"].values() for r in document["results"].values()]
     measured = kinds[0]
@@ -106,17 +97,17 @@ def test_every_row_end_to_end_and_the_check_fails_with_a_relation(tmp_path, caps
     assert f"| AWQ, W4A16 | {measured['AWQ, W4A16']['sqnr_db']:.2f} |" in written
     assert "at a reduced size: 48 outputs." in written
     assert "* MLP input: 1 linears [N, K] 48 x 128" in written and str(tmp_path) not in written
-    assert written.count("PASS: ") + written.count("FAIL: ") == len(layer_relations.CLAIMS)
+    assert written.count("PASS: ") + written.count("FAIL: ") == len(relations.CLAIMS)
     failing = {"claim": {"gain_db": -1.0, "wins": 0, "of": 1, "holds": False}}
-    monkeypatch.setattr(layer_methods, "relations", lambda rows: failing)
-    monkeypatch.setattr(layer_methods, "measure", lambda problem, scale: measured)
+    monkeypatch.setattr(methods, "relations", lambda rows: failing)
+    monkeypatch.setattr(methods, "measure", lambda problem, scale: measured)
     with pytest.raises(SystemExit) as stopped:
-        layer_methods.main([*arguments, "--check"])
+        methods.main([*arguments, "--check"])
     assert stopped.value.code == 1 and "FAIL: claim" in capsys.readouterr().out
 
 
 def test_nothing_to_measure_is_refused(capsys):
     for arguments in ([], ["--encoder", "minilm"]):
         with pytest.raises(SystemExit):
-            layer_methods.parse(arguments)
+            methods.parse(arguments)
     assert "--encoder needs --text" in capsys.readouterr().err

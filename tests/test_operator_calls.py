@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from arc_ao.ops import attention, native, nvfp4_gemm, quant_augment, round_columns
 from arc_ao.ops.nvfp4_gemm import nvfp4_gemm_eager
 from arc_ao.ops.quant_augment import quant_augment_eager
+from benchmarks.common.checkout import ROOT
+from benchmarks.operators import fuzz
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 ROWS, COLUMNS, BLOCKS = 3, 20, 4
 HUGE = 1 << 50
 needs_library = pytest.mark.skipif(native.load() is None, reason="no native library")
@@ -148,23 +148,21 @@ def test_an_exported_package_refuses_the_same_calls(tmp_path):
 
 
 def fuzzed(*options: str) -> dict:
-    command = [sys.executable, str(BENCHMARKS / "fuzz_operators.py"), *options]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks.operators.fuzz", *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow
 def test_random_calls_are_right_or_refused():
-    """The first ones of those that `benchmarks/fuzz_operators.py` makes."""
+    """The first ones of those that `benchmarks/operators/fuzz.py` makes."""
     counts = fuzzed("--calls", "600")
     assert counts["right"] + counts["refused"] == 600 and counts["right"] > 300
 
 
 def test_a_call_that_ends_its_process_is_counted(monkeypatch, capsys):
     """The one behind the last number that was printed; the rest are run in a new process."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import fuzz_operators
 
     def run(command, **_):
         first, count = int(command[-3]), int(command[-1])
@@ -176,8 +174,8 @@ def test_a_call_that_ends_its_process_is_counted(monkeypatch, capsys):
         lines = lines[:-1] + ["2"] if died else lines
         return subprocess.CompletedProcess(command, -11 if died else 0, "\n".join(lines), "")
 
-    monkeypatch.setattr(fuzz_operators.subprocess, "run", run)
-    outcomes = fuzz_operators.run_all(0, 6)
+    monkeypatch.setattr(fuzz.subprocess, "run", run)
+    outcomes = fuzz.run_all(0, 6)
     assert [o["kind"] for o in outcomes] == ["right", "right", "crash", "right", "right", "right"]
-    assert fuzz_operators.report(outcomes) == 1
+    assert fuzz.report(outcomes) == 1
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["crash"] == 1

@@ -6,21 +6,16 @@ stands for them.
 
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import VOCAB_SIZE, tiny_llama
 from transformers import BertConfig, BertModel
 
-ROOT = Path(__file__).resolve().parent.parent
-BENCHMARKS = ROOT / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))  # scripts, not a package
-
-import accuracy  # noqa: E402
-from peers import environments, peer_io, run  # noqa: E402
-
-from arc_ao import quantize_  # noqa: E402
+from arc_ao import quantize_
+from benchmarks.accuracy import embeddings
+from benchmarks.common.checkout import ROOT
+from benchmarks.peers import environments, peer_io, run
 
 PEER = "llmcompressor"
 DOUBLING = """
@@ -74,17 +69,17 @@ def test_batches_come_back_in_order(tmp_path):
 
 
 def test_embeddings_are_the_benchmark_s_own():
-    """A peer's runner pools as accuracy.py does, padding left out."""
+    """A peer's runner pools as accuracy/embeddings.py does, padding left out."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64}
     model = BertModel(BertConfig(vocab_size=VOCAB_SIZE, num_attention_heads=2, **sizes)).eval()
     pooled = torch.cat(list(peer_io.model_outputs(model, "encoder", batches(5))))
-    assert torch.equal(pooled, accuracy.embed(model, batches(5)))
+    assert torch.equal(pooled, embeddings.embed(model, batches(5)))
 
 
 def test_a_peer_s_outputs_are_handed_back(fake_peer, tmp_path):
     """The runner's process sees the batches and the model, and its logits arrive bit by bit."""
     tiny_llama().bfloat16().save_pretrained(tmp_path / "model")
-    start = f"import sys; sys.path.insert(0, {str(BENCHMARKS / 'peers')!r})\n"
+    start = f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks' / 'peers')!r})\n"
     found = fake_peer(start + "from peer_io import run\n" + DOUBLING + "run(quantize)\n")
     assert found.error is None
     assert found.info["seen"] == [[2, 3], [2, 3]]
@@ -146,7 +141,7 @@ def test_outputs_that_do_not_fit_are_refused(tmp_path, outputs, error):
 
 
 def test_an_environment_must_be_there_and_current(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"found none; run `.*environments.py modelopt`"):
+    with pytest.raises(FileNotFoundError, match=r"found none; run `.*peers.environments modelopt`"):
         environments.interpreter("modelopt", tmp_path)
     (tmp_path / "modelopt").mkdir()
     (tmp_path / "modelopt" / environments.STAMP).write_text("torch==1.0", encoding="utf-8")
@@ -179,13 +174,13 @@ def test_plain_row_has_a_weight_outer_scale_for_each_linear():
     """As llmcompressor in an encoder: amax/2688 of each weight, also where an input is shared."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64}
     model = BertModel(BertConfig(vocab_size=VOCAB_SIZE, num_attention_heads=2, **sizes)).eval()
-    linears = {n: m for n, m in model.named_modules() if accuracy.is_encoder_linear(m, n)}
+    linears = {n: m for n, m in model.named_modules() if embeddings.is_encoder_linear(m, n)}
     expected = {n: m.weight.detach().abs().amax() / 2688 for n, m in linears.items()}
     quantize_(
         model,
         run.plain_config(list(linears)),
         calibration_data=batches(5),
-        filter_fn=accuracy.is_encoder_linear,
+        filter_fn=embeddings.is_encoder_linear,
         progress=False,
     )
     assert len(expected) == 6 and len(set(expected.values())) == 6

@@ -2,8 +2,6 @@
 
 import json
 import lzma
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,18 +15,13 @@ from tiny_models import (
 )
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))  # scripts
-
-import record_data  # noqa: E402
-import record_methods  # noqa: E402
-import record_metrics  # noqa: E402
-import record_models  # noqa: E402
-import record_peers  # noqa: E402
-import record_run  # noqa: E402
-from record_store import Job, Store  # noqa: E402
-
-from arc_ao import ARCConfig  # noqa: E402
-from arc_ao.eval.perplexity import evaluate_text  # noqa: E402
+from arc_ao import ARCConfig
+from arc_ao.eval.perplexity import evaluate_text
+from benchmarks.accuracy import methods as record_methods
+from benchmarks.accuracy import metrics, subjects, texts
+from benchmarks.accuracy import record as record_command
+from benchmarks.accuracy.store import Job, Store
+from benchmarks.peers import run
 
 LLAMA = "model.layers.0."
 
@@ -47,7 +40,7 @@ def test_a_run_goes_on_where_it_stopped(record, monkeypatch, capsys):
     plain = rows["plain NVFP4", 0]
     assert 0 < plain["metrics"]["books"]["mean_kl"] < 0.1
     assert plain["cost"]["extra_channels"] == 0 and plain["tasks"]["parity"]["n"] == 2
-    assert set(plain["sqnr_db"]) == set(record_metrics.KINDS)
+    assert set(plain["sqnr_db"]) == set(metrics.KINDS)
     assert all(10 < value < 40 for value in plain["sqnr_db"].values())
     assert 40 % 16 and plain["cost"]["extra_bits"] > 0  # down_proj is padded
     assert "expected in_features to be a multiple" in rows["Hadamard 128", 0]["error"]
@@ -57,9 +50,9 @@ def test_a_run_goes_on_where_it_stopped(record, monkeypatch, capsys):
     assert "* Hadamard 128: seed 0: ValueError: " in markdown and "+-" in markdown
     assert "Not run: ARC (paper) 6 %" not in markdown and "; ARC (paper) 6 %;" in markdown
     measured = []
-    measure = record_models.Subject.measure
+    measure = subjects.Subject.measure
     count = lambda self, row, *rest: measured.append(row) or measure(self, row, *rest)
-    monkeypatch.setattr(record_models.Subject, "measure", count)
+    monkeypatch.setattr(subjects.Subject, "measure", count)
     record.run(*methods, "RTN, mse scales")
     assert [row.rotation for row in measured] == [0, 128]  # new, and failed before
     record.run("--report-only")
@@ -72,19 +65,19 @@ def test_a_run_goes_on_where_it_stopped(record, monkeypatch, capsys):
 def test_an_encoder_is_compared_by_its_embeddings(record, tmp_path, monkeypatch):
     """Both figures, two seeds, no lm-eval tasks."""
     save_tiny_bert(tmp_path / "bert")
-    monkeypatch.setattr(record_models, "model_directory", lambda name: tmp_path / "bert")
+    monkeypatch.setattr(subjects, "model_directory", lambda name: tmp_path / "bert")
     lines = [f"{i} " + WORDS[40 * i : 40 * i + 199].replace("\n", " ") for i in range(240)]
-    (tmp_path / "data" / record_data.WIKI_LINES).write_text("\n".join(f"{x:x<201}" for x in lines))
+    (tmp_path / "data" / texts.WIKI_LINES).write_text("\n".join(f"{x:x<201}" for x in lines))
     pairs = [f"about {i},about {i * i},{i % 6}" for i in range(12)]
-    (tmp_path / "data" / record_data.STSB).write_text("\n".join(pairs))
+    (tmp_path / "data" / texts.STSB).write_text("\n".join(pairs))
     methods = ["--methods", "unquantized", "plain NVFP4", "ARC (paper) 10 %"]
     rows = record.run(*methods, "--models", "encoder", "--evaluation-lines", "3")["rows"]
     assert [row["error"] for row in rows] == [None] * 4
-    found = [row["metrics"][record_models.LINES].get("one_minus_cosine") for row in rows]
+    found = [row["metrics"][subjects.LINES].get("one_minus_cosine") for row in rows]
     assert found[0] is None and all(0 < value < 0.1 for value in found[1:])
     assert all(-100 <= row["metrics"]["STS-B"]["sts_spearman"] <= 100 for row in rows)
     assert not any("tasks" in row for row in rows)
-    assert set(rows[1]["sqnr_db"]) == set(record_metrics.KINDS)  # the pooler is none of them
+    assert set(rows[1]["sqnr_db"]) == set(metrics.KINDS)  # the pooler is none of them
     assert "## encoder" in (record.output / "accuracy.md").read_text()
 
 
@@ -92,7 +85,7 @@ def test_a_model_that_does_not_load_fails_all_its_rows(record, monkeypatch):
     def broken(*_):
         raise OSError("no such\nfile at all")
 
-    monkeypatch.setattr(record_run, "load_subject", broken)
+    monkeypatch.setattr(record_command, "load_subject", broken)
     document = record.run("--methods", "plain*")
     assert [row["error"] for row in document["rows"]] == ["OSError: file at all"] * 3
 
@@ -103,14 +96,12 @@ def test_peers_are_measured_like_our_rows_or_listed_with_their_error(record, mon
     def outputs(peer, recipe, directory, kind, calibration, evaluation, work, *, timeout):
         if recipe == "broken":
             return SimpleNamespace(outputs=None, error="it asks for a GPU", info={})
-        model, _ = record_models.load_model(directory)
+        model, _ = subjects.load_model(directory)
         found = [model(**batch).logits.detach() for batch in evaluation]
         return SimpleNamespace(outputs=found, error=None, info={"bits_per_weight": 5.0})
 
-    fake = SimpleNamespace(PEERS={"other": ["good", "broken"]}, peer_outputs=outputs)
-    monkeypatch.setitem(sys.modules, "peers", SimpleNamespace(run=fake))
-    monkeypatch.setitem(sys.modules, "peers.run", fake)
-    monkeypatch.setattr(record_peers, "RUNNER", Path(__file__))
+    monkeypatch.setattr(run, "PEERS", {"other": ["good", "broken"]})
+    monkeypatch.setattr(run, "peer_outputs", outputs)
     assert not record.run("--methods", "other*")["rows"]  # not without --peers
     good, broken = record.run("--methods", "other*", "--peers")["rows"]
     assert good["metrics"]["books"]["mean_kl"] == pytest.approx(0, abs=1e-7)
@@ -133,10 +124,10 @@ def test_text_metrics_are_those_of_evaluate_text():
     model, tokenizer = tiny_llama(), byte_tokenizer()
     other = perturbed(model, 0.02)
     text = WORDS[: 64 * 8]
-    batches = record_data.spread_windows(tokenizer, text, window=64, tokens=512)
-    reference = list(record_metrics.decoder_outputs(model, batches))
-    outputs = record_metrics.decoder_outputs(other, batches)
-    found = record_metrics.text_metrics(batches, outputs, reference)
+    batches = texts.spread_windows(tokenizer, text, window=64, tokens=512)
+    reference = list(metrics.decoder_outputs(model, batches))
+    outputs = metrics.decoder_outputs(other, batches)
+    found = metrics.text_metrics(batches, outputs, reference)
     options = {"reference": model, "window": 64, "progress": False}
     expected = evaluate_text(other, tokenizer, text, **options)
     assert found["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
@@ -144,23 +135,23 @@ def test_text_metrics_are_those_of_evaluate_text():
 
 
 def test_outputs_that_are_missing_or_not_finite_are_refused():
-    batch = record_data.spread_windows(byte_tokenizer(), WORDS, window=8, tokens=8)
+    batch = texts.spread_windows(byte_tokenizer(), WORDS, window=8, tokens=8)
     with pytest.raises(ValueError, match="expected logits for .* tokens, found None"):
-        record_metrics.text_metrics(batch, [], None)
+        metrics.text_metrics(batch, [], None)
     broken = [torch.full((1, 8, 300), torch.nan)]
     with pytest.raises(ValueError, match="perplexity: expected a finite figure"):
-        record_metrics.text_metrics(batch, broken, None)
+        metrics.text_metrics(batch, broken, None)
 
 
 def test_pairs_read_as_people_do_correlate_fully(tmp_path):
     path = tmp_path / "pairs.csv"
     path.write_text('"a, b",c,1.0\nc,dd,3.0\n"a, b",dd,5.0\n')
-    pairs = record_data.read_pairs(path)
+    pairs = texts.read_pairs(path)
     assert pairs.sentences == ["c", "dd", "a, b"]  # short ones first, each once
     angles = {"a, b": 0.0, "dd": 0.1, "c": 1.0}  # similarity falls with the difference
     vectors = torch.tensor([[angles[s]] for s in pairs.sentences])
     vectors = torch.cat((vectors.cos(), vectors.sin()), 1)
-    assert record_metrics.pair_metrics(pairs, vectors)["sts_spearman"] == pytest.approx(100)
+    assert metrics.pair_metrics(pairs, vectors)["sts_spearman"] == pytest.approx(100)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +168,7 @@ def test_pairs_read_as_people_do_correlate_fully(tmp_path):
     ],
 )
 def test_layer_kinds(name, kind):
-    assert record_metrics.layer_kind(name) == kind
+    assert metrics.layer_kind(name) == kind
 
 
 def test_layer_sqnr_is_the_mean_over_changed_linears():
@@ -186,8 +177,8 @@ def test_layer_sqnr_is_the_mean_over_changed_linears():
     with torch.no_grad():
         changed.model.layers[0].self_attn.q_proj.weight *= 1.1
         changed.model.layers[1].self_attn.k_proj.weight *= 1.01
-    batches = record_data.spread_windows(byte_tokenizer(), WORDS, window=16, tokens=64)
-    found = record_metrics.layer_sqnr(model, changed, batches)
+    batches = texts.spread_windows(byte_tokenizer(), WORDS, window=16, tokens=64)
+    found = metrics.layer_sqnr(model, changed, batches)
     assert found == {"q/k/v": pytest.approx(30, abs=0.01)}
 
 
@@ -225,25 +216,25 @@ def test_every_row_has_its_own_settings():
 
 def test_calibration_and_evaluation_keep_apart():
     line = "x" * 61
-    record_data.require_apart("model", [line + "y", "short"], ["short", line])
+    texts.require_apart("model", [line + "y", "short"], ["short", line])
     with pytest.raises(ValueError, match="model: expected .* found 1, such as 'xxx"):
-        record_data.require_apart("model", f"a\n {line}\n", [line])
+        texts.require_apart("model", f"a\n {line}\n", [line])
 
 
 def test_books_end_where_the_calibration_text_begins(tmp_path):
     path = tmp_path / "books.xz"
     with lzma.open(path, "wt") as file:
         file.write("first\n\nsecond\n\nthird\n")
-    assert record_data.read_books(path, "second\n") == "first\n\n"
+    assert texts.read_books(path, "second\n") == "first\n\n"
     with pytest.raises(ValueError, match="found none"):
-        record_data.read_books(path, "first")
+        texts.read_books(path, "first")
 
 
 def test_draws_of_lines_keep_their_distance_from_the_evaluated_ones():
     lines = [f"{i:03d}" + "x" * 198 for i in range(400)]
     text = "\n".join(lines)
-    assert record_data.calibration_lines(text, 0) == lines[:64]
-    drawn = [{int(line[:3]) for line in record_data.calibration_lines(text, s)} for s in (1, 2)]
+    assert texts.calibration_lines(text, 0) == lines[:64]
+    drawn = [{int(line[:3]) for line in texts.calibration_lines(text, s)} for s in (1, 2)]
     assert drawn[0] != drawn[1] and all(len(d) == 64 for d in drawn)
     assert not (drawn[0] | drawn[1]) & set(range(64, 264))
 
@@ -251,13 +242,13 @@ def test_draws_of_lines_keep_their_distance_from_the_evaluated_ones():
 def test_windows_are_spread_over_the_text_and_drawn_by_seed():
     tokenizer = byte_tokenizer()
     text = "".join(chr(97 + i) * 4 for i in range(10))  # ten windows of one letter
-    (batch,) = record_data.spread_windows(tokenizer, text, window=4, tokens=16)
+    (batch,) = texts.spread_windows(tokenizer, text, window=4, tokens=16)
     letters = [tokenizer.decode(ids)[0] for ids in batch["input_ids"]]
     assert letters == ["a", "c", "f", "h"]
     draw = lambda seed: [
         tokenizer.decode(b["input_ids"][0])[0]
-        for b in record_data.calibration_windows(tokenizer, text, window=4, tokens=12, seed=seed)
+        for b in texts.calibration_windows(tokenizer, text, window=4, tokens=12, seed=seed)
     ]
     assert draw(0) == ["a", "b", "c"] and draw(1) == draw(1) != draw(2)
     with pytest.raises(ValueError, match="expected 48 tokens"):
-        record_data.spread_windows(tokenizer, text, window=4, tokens=48)
+        texts.spread_windows(tokenizer, text, window=4, tokens=48)

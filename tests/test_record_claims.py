@@ -1,16 +1,10 @@
 """What the accuracy record says of its rows: made-up rows, known verdicts."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))  # scripts
-
-import record_claims  # noqa: E402
-import record_report  # noqa: E402
-from record_methods import (  # noqa: E402
+from benchmarks.accuracy.methods import (
     BEST,
     DEFAULT,
     OURS,
@@ -20,7 +14,9 @@ from record_methods import (  # noqa: E402
     TUNED,
     WEIGHT_ONLY,
 )
-from record_table import REAL_NAMES, lines_by_model, paired, primary  # noqa: E402
+from benchmarks.accuracy.report.claims import claims
+from benchmarks.accuracy.report.markdown import build_report, to_json
+from benchmarks.accuracy.report.table import REAL_NAMES, lines_by_model, paired, primary
 
 MODELS = ("smollm2", "qwen-coder", "shipped", "encoder")
 HEADER = {
@@ -69,7 +65,7 @@ def record(model: str = "shipped", **divergences: float) -> list[dict]:
 
 
 def verdicts(rows: list[dict]) -> dict[str, str]:
-    return {c["claim"]: c["verdict"] for c in record_claims.claims(rows) if c["acceptance"]}
+    return {c["claim"]: c["verdict"] for c in claims(rows) if c["acceptance"]}
 
 
 def changed(before: dict[str, str], after: dict[str, str]) -> dict[str, str]:
@@ -89,7 +85,7 @@ def test_all_claims_hold_where_ours_is_best():
 def test_a_rival_that_is_as_good_or_better_fails_the_claim(divergence):
     rows = record(rival=divergence)
     assert changed(ALL_TRUE, verdicts(rows)) == {BEATS: "FAIL"}
-    (detail,) = [c["detail"] for c in record_claims.claims(rows) if c["claim"] == BEATS]
+    (detail,) = [c["detail"] for c in claims(rows) if c["claim"] == BEATS]
     assert f"rival with {divergence:.4f} to 0.2000" in detail
 
 
@@ -134,7 +130,7 @@ def test_peers_that_were_not_run_leave_the_claim_open_and_failed_ones_are_counte
     for peer in peers:
         peer["error"] = "RuntimeError: no GPU"
     assert verdicts(rows)[PEERS] == "PASS"
-    (detail,) = [c["detail"] for c in record_claims.claims(rows) if c["claim"] == PEERS]
+    (detail,) = [c["detail"] for c in claims(rows) if c["claim"] == PEERS]
     assert detail.startswith("1 compared, 1 failed")
 
 
@@ -164,18 +160,18 @@ def test_report_lists_everything():
     shipped["sqnr_db"] = {"down": 17.25}
     rows.append(row("shipped", "broken", 0, error="ValueError: no", metrics={}, cost={}))
     rows.append(row("shipped", "later", 0, metrics={}, cost={}, cpu_seconds=None, commit=None))
-    claims = record_claims.claims(rows)
-    markdown, document = record_report.build_report(rows, claims, HEADER)
+    found = claims(rows)
+    markdown, document = build_report(rows, found, HEADER)
     assert "| rival | 10.0% | +0.10 | +10.0% | - | 0.4000 | 60.0% |" in markdown
     assert "| 17.25 |" in markdown
     assert "* broken: seed 0: ValueError: no" in markdown
     assert "Not run: later." in markdown
     assert "## qwen3\n\nAbsent" in markdown
     assert "| seeds | 1 for the main rows, 1 for the others |" in markdown
-    assert len(document["rows"]) == len(rows) - 1 and document["claims"] == claims
-    assert json.loads(record_report.to_json(document)) == document
+    assert len(document["rows"]) == len(rows) - 1 and document["claims"] == found
+    assert json.loads(to_json(document)) == document
     assert document["rows"][0]["weights"] == "abc"
-    assert (markdown, document) == record_report.build_report(rows, claims, HEADER)
+    assert (markdown, document) == build_report(rows, found, HEADER)
 
 
 GATES = [
@@ -222,7 +218,7 @@ def test_a_peer_that_beats_ours_on_a_real_model_fails_acceptance_another_row_a_r
     rows = record("smollm2", rival=0.1)
     assert not changed(ALL_TRUE, verdicts(rows))
     words = f"smollm2: {BEST} beats every other row at no larger budget"
-    (claim,) = [c for c in record_claims.claims(rows) if c["claim"] == words]
+    (claim,) = [c for c in claims(rows) if c["claim"] == words]
     assert claim["verdict"] == "FAIL" and not claim["acceptance"]
     assert WEIGHT_ONLY not in claim["detail"]  # 0.01, but another format
     peer = next(r for r in rows if r["model"] == "smollm2" and r["group"] == "peer")
@@ -234,7 +230,7 @@ def test_a_peer_that_beats_ours_on_a_real_model_fails_acceptance_another_row_a_r
 def test_relations_that_fail_on_a_real_model_are_listed():
     rows = [*record(), row("smollm2", PAPER, 0.905), row("smollm2", "GPTQ", 0.5)]
     rows.append(row("smollm2", "RTN, mse scales", 0.4))
-    found = {c["claim"]: c for c in record_claims.claims(rows) if not c["acceptance"]}
+    found = {c["claim"]: c for c in claims(rows) if not c["acceptance"]}
     assert found["smollm2: GPTQ beats RTN, mse scales"]["verdict"] == "FAIL"
     assert found[f"smollm2: {PAPER} beats {PLAIN}"]["verdict"] == "PASS"
     share = found[f"smollm2: {PAPER} closes at least 25% of plain NVFP4's divergence"]
@@ -269,7 +265,7 @@ def test_the_report_leads_with_real_models():
         row("smollm2", OURS, 0, group="tasks", metrics={}, cost={}, tasks={"b": task["parity"]})
     )
     header = HEADER | {"absent_models": ["stories260K"]}
-    markdown, _ = record_report.build_report(rows, record_claims.claims(rows), header)
+    markdown, _ = build_report(rows, claims(rows), header)
     order = [line[3:] for line in markdown.splitlines() if line.startswith("## ")]
     models = ["smollm2", "qwen-coder", "encoder", "shipped", "stories260K", "qwen3"]
     assert order == ["Claims", *models, "Relations"]

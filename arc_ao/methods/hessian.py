@@ -5,7 +5,7 @@
 exactly, since all of this is linear. Rounding of the inputs is not known when the products are
 summed (blocks are chosen after calibration) and is left out: base columns meet x instead of Q(x).
 Columns copied for `act_channels` meet residuals x - Q(x), whose mean squares calibration knows;
-residuals are nearly white (benchmarks/layer_problems.py), so theirs is a diagonal block.
+residuals are nearly white (benchmarks/layers/problems.py), so theirs is a diagonal block.
 
 The one call gathers the products of what each stored column really meets (methods/gram.py).
 

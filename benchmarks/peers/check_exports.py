@@ -1,7 +1,7 @@
 """Exported checkpoints in the hands of transformers and compressed-tensors.
 
-    python benchmarks/peers/environments.py compressed_tensors        # once
-    python benchmarks/peers/check_exports.py [--model DIR ...]
+    python -m benchmarks.peers.environments compressed_tensors        # once
+    python -m benchmarks.peers.check_exports [--model DIR ...]
 
 quantizes a model with residual blocks, exports it as compressed-tensors and as ModelOpt, and runs
 the first in the peer's process. Its logits are compared with those of the same base imported here,
@@ -22,18 +22,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-BENCHMARKS = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(BENCHMARKS))  # scripts, not a package
+from arc_ao import ARCConfig, export_checkpoint, import_checkpoint, quantize_
+from arc_ao.calibration.data import text_batches
+from arc_ao.integrations.huggingface import load_model
+from arc_ao.shipped import HELDOUT_TEXT, MIXED_TEXT, MODEL
+from arc_ao.summary import arc_tensors
+from benchmarks.common.checkout import ROOT
+from benchmarks.peers import environments, run
 
-from peers import environments, run  # noqa: E402
-
-from arc_ao import ARCConfig, export_checkpoint, import_checkpoint, quantize_  # noqa: E402
-from arc_ao.calibration.data import text_batches  # noqa: E402
-from arc_ao.integrations.huggingface import load_model  # noqa: E402
-from arc_ao.shipped import HELDOUT_TEXT, MIXED_TEXT, MODEL  # noqa: E402
-from arc_ao.summary import arc_tensors  # noqa: E402
-
-MODELS = [MODEL, BENCHMARKS / "models" / "tiny_qwen3"]
+MODELS = [MODEL, ROOT / "benchmarks" / "models" / "tiny_qwen3"]
 PEER = "compressed_tensors"
 ENVIRONMENTS = (PEER, "llmcompressor")  # the second has older releases of the same packages
 # Of NLL in nats a token. In bfloat16 compressed-tensors scales and rounds activations in it, too,

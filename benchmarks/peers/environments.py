@@ -1,6 +1,6 @@
 """One virtual environment per peer, from the pinned versions of its requirements file.
 
-    python benchmarks/peers/environments.py [PEER ...]      # all peers without arguments
+    python -m benchmarks.peers.environments [PEER ...]      # all peers without arguments
 
 builds `build/peers/PEER` (about 1.5 GB each, llama_cpp 0.2 GB). Where a peer needs torch, it comes
 first and alone, as in the Makefile, so that pip takes the build that its configuration prefers,
@@ -37,7 +37,7 @@ def interpreter(peer: str, environments: Path = ENVIRONMENTS) -> Path:
         raise FileNotFoundError(
             f"{peer}: expected an environment with the versions of {peer}.txt, found "
             f"{'another one' if stamp.is_file() else 'none'}; run "
-            f"`python benchmarks/peers/environments.py {peer}`"
+            f"`python -m benchmarks.peers.environments {peer}`"
         )
     return folder / "bin" / "python"
 

@@ -1,10 +1,10 @@
 """Rows of other libraries: each quantizes in its own environment and process, and hands back the
 model's outputs, which are measured here like our own.
 
-    python benchmarks/peers/environments.py                 # once: one environment per peer
-    python benchmarks/peers/run.py --peer llmcompressor --recipe gptq --text wiki.test.tokens
+    python -m benchmarks.peers.environments                 # once: one environment per peer
+    python -m benchmarks.peers.run --peer llmcompressor --recipe gptq --text wiki.test.tokens
 
-prints the encoder's mean 1 - cosine to fp32 on the lines of benchmarks/accuracy.py, or the peer's
+prints the encoder's mean 1 - cosine to fp32 on the lines of accuracy/encoder.py, or the peer's
 error. `--recipe none` leaves the model as it is, `--recipe all` runs every recipe of the peer, and
 `--plain` adds our plain NVFP4 with the scales of llmcompressor's `rtn`. The last line of stdout is
 one JSON document.
@@ -17,7 +17,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,10 +26,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-BENCHMARKS = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(BENCHMARKS))  # scripts, not a package
-
-from peers import environments, peer_io  # noqa: E402
+from benchmarks.accuracy import embeddings
+from benchmarks.common.headers import run_header
+from benchmarks.peers import environments, peer_io
 
 # Recipes that make a row of the record; what they mean is in with_<peer>.py.
 PEERS: dict[str, list[str]] = {
@@ -196,21 +194,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    import accuracy
     from transformers import AutoModel, AutoTokenizer
 
     args = parse(argv)
     torch.set_num_threads(args.threads)
-    directory = accuracy.model_directory(args.model)
+    directory = embeddings.model_directory(args.model)
     text = args.text.read_text(encoding="utf-8")
-    lines = accuracy.select_lines(text, args.calibration_lines, args.evaluation_lines)
+    lines = embeddings.select_lines(text, args.calibration_lines, args.evaluation_lines)
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    calibration, evaluation = (accuracy.tokenize(tokenizer, part) for part in lines)
+    calibration, evaluation = (embeddings.tokenize(tokenizer, part) for part in lines)
     model = AutoModel.from_pretrained(directory, dtype=torch.float32).eval()
-    reference = accuracy.embed(model, evaluation)
+    reference = embeddings.embed(model, evaluation)
     rows: dict[str, dict[str, Any]] = {}
     if args.plain:
-        linears = [n for n, m in model.named_modules() if accuracy.is_encoder_linear(m, n)]
+        linears = [n for n, m in model.named_modules() if embeddings.is_encoder_linear(m, n)]
         row = _plain_row(model, plain_config(linears), calibration, evaluation, reference)
         _report(rows, "arc_ao: plain, static, a scale each", row)
     for recipe in PEERS[args.peer] if args.recipe == "all" else [args.recipe]:
@@ -221,23 +218,21 @@ def main(argv: list[str] | None = None) -> None:
         row = {"error": found.error, **found.info}
         if found.outputs is not None:
             value = torch.cat(list(found.outputs))
-            row["one_minus_cosine"] = accuracy.mean_cosine_distance(reference, value)
+            row["one_minus_cosine"] = embeddings.mean_cosine_distance(reference, value)
         _report(rows, f"{args.peer}: {recipe}", row)
-    print(json.dumps({"benchmark": "peers", **accuracy.run_header(args), "rows": rows}))
+    print(json.dumps({"benchmark": "peers", **run_header(args), "rows": rows}))
 
 
 def _plain_row(
     model: nn.Module, config: Any, calibration: list, evaluation: list, reference: Tensor
 ) -> dict[str, Any]:
-    import accuracy
-
     from arc_ao import quantize_
 
     model = copy.deepcopy(model)
-    settings = {"filter_fn": accuracy.is_encoder_linear, "progress": False}
+    settings = {"filter_fn": embeddings.is_encoder_linear, "progress": False}
     summary = quantize_(model, config, calibration_data=calibration, **settings)
-    value = accuracy.embed(model, evaluation)
-    distance = accuracy.mean_cosine_distance(reference, value)
+    value = embeddings.embed(model, evaluation)
+    distance = embeddings.mean_cosine_distance(reference, value)
     return {"bits_per_weight": summary.bits_per_weight, "one_minus_cosine": distance}
 
 

@@ -3,7 +3,7 @@
 A table is a list of rules; the first one that fits (M at most `max_m`; N equal to `n`, and K_aug at
 most a quarter above `k`, where these are given) names the route and its tile. tuned/default.json
 serves GPUs without a table of their own; its rules are reasoned, not measured ("measured": null).
-`python benchmarks/gpu_suite.py --tune` measures a table for the GPU at hand.
+`python benchmarks/gpu/gpu_suite.py --tune` measures a table for the GPU at hand.
 
     row      one or two rows, sums of integers, memory-bound
     tiles    tensor cores on tiles decoded in the kernel
