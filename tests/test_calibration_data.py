@@ -12,6 +12,7 @@ from arc_ao.calibration.data import (
     num_tokens,
     to_batches,
     tokens_for_width,
+    wanted_tokens,
 )
 from arc_ao.inference import evaluation_mode, run_model
 
@@ -143,3 +144,15 @@ def test_progress_bar_can_be_turned_off(progress, capfd):
 )
 def test_tokens_follow_the_widest_linear_in_whole_windows(in_features, window, tokens):
     assert tokens_for_width(in_features, window) == tokens
+
+
+@pytest.mark.parametrize(
+    "recipe, in_features, tokens, reason",
+    [
+        ("auto", 4864, 16_384, "enough where no GPTQ asks for more"),
+        ("best", 4864, 48_640, "10 per input channel of the widest linear, 4,864; at least 16,384"),
+        ("best", 576, 16_384, "10 per input channel of the widest linear, 576; at least 16,384"),
+    ],
+)
+def test_a_config_wants_more_tokens_where_it_builds_hessians(recipe, in_features, tokens, reason):
+    assert wanted_tokens(ARCConfig(recipe=recipe), in_features) == (tokens, reason)

@@ -268,3 +268,7 @@ def run(
         mine = [job for job in todo if job.model == name]
         if mine:
             run_model_rows(name, directory, mine, store, protocols[name], clock)
+
+
+if __name__ == "__main__":
+    main()
