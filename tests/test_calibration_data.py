@@ -7,6 +7,7 @@ import torch
 from tiny_models import byte_tokenizer, tiny_llama
 from torch import nn
 
+from arc_ao import ARCConfig
 from arc_ao.calibration.data import (
     calibrate,
     num_tokens,
