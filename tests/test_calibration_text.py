@@ -106,3 +106,9 @@ def test_a_phrase_that_is_not_in_the_books_is_named():
     book = sources.Book("prose", "Somebody, Something", "no such phrase", 1_000)
     with pytest.raises(ValueError, match="expected 'no such phrase' once in the books, found 0"):
         sources.book_sections("\n\nother words\n\n", book)
+
+
+def test_code_is_named_as_it_was_when_the_text_was_made():
+    """Files that moved since are found at their commit by the names that the index has."""
+    named = {source for kind, source, _ in INDEX["sections"] if kind == "code"}
+    assert {f"this repository: {path}" for path in sources.CODE} <= named
