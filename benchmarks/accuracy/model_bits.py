@@ -1,7 +1,7 @@
 """Digests of quantized models: a change of the house must leave every bit where it was.
 
     python -m benchmarks.accuracy.model_bits --output before.json   # at one commit
-    python -m benchmarks.accuracy.model_bits --compare before.json  # at another: exit 1 if any differ
+    python -m benchmarks.accuracy.model_bits --compare before.json  # at another: 1 if any differ
 
 The shipped model, the encoder of the tests and tiny models of six architectures, each by eight
 configurations. A digest is the SHA-256 of all parameters and buffers, inner tensors and attributes
