@@ -344,6 +344,17 @@ def test_models_that_llama_cpp_does_not_compute_are_refused(tmp_path, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_linears_need_share_no_scale(tmp_path):
+    """Each has its own in GGUF: also without calibration, and where k stays as it is."""
+    model = MODELS["llama"]().bfloat16()
+    keep = lambda module, name: not name.endswith(("k_proj", "lm_head"))
+    quantize_(model, NVFP4Config(), filter_fn=keep, progress=False)
+    path = export(model, tmp_path / "out")
+    assert kinds(path)["blk.0.attn_k.weight"] == "BF16"
+    v_proj = base("model.layers.0.self_attn.v_proj", model)
+    assert torch.equal(torch.tensor(values(path)["blk.0.attn_v.weight"]), v_proj)
+
+
 def test_layers_that_no_other_engine_holds_are_refused(tmp_path):
     model = quantized(MODELS["llama"](), ARCConfig(recipe="balanced", channel_order="amax"))
     with pytest.raises(ValueError, match=r"q_proj: channels sorted .*exportable=True"):
