@@ -344,6 +344,13 @@ def test_models_that_llama_cpp_does_not_compute_are_refused(tmp_path, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_parameters_without_a_name_are_refused(tmp_path):
+    model = quantized(MODELS["llama"](), NVFP4Config(exportable=True))
+    model.model.prompt = torch.nn.Parameter(torch.zeros(4, 128))
+    with pytest.raises(ValueError, match="model.prompt: expected a parameter that llama.cpp's"):
+        export(model, tmp_path / "out")
+
+
 def test_linears_need_share_no_scale(tmp_path):
     """Each has its own in GGUF: also without calibration, and where k stays as it is."""
     model = MODELS["llama"]().bfloat16()
