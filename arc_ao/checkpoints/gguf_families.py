@@ -27,9 +27,11 @@ class Family:
     pairs_neighbours: bool  # in rotary embeddings; transformers pairs the halves of a head
 
 
+# llama.cpp's own "qwen2" passes over the scales of feed-forward layers (build 11549, October 2026).
+# Qwen2 is a Llama with biases of q, k and v, which its "llama" takes.
 FAMILIES = {
     "LlamaForCausalLM": Family("llama", True),
-    "Qwen2ForCausalLM": Family("qwen2", False),
+    "Qwen2ForCausalLM": Family("llama", True),
     "Qwen3ForCausalLM": Family("qwen3", False),
 }
 
