@@ -9,7 +9,7 @@ from typing import Any
 from arc_ao.cli_arguments import add_command, add_trust, at_least, console
 from arc_ao.output_folder import check_output
 
-FORMATS = ("compressed-tensors", "modelopt")
+FORMATS = ("compressed-tensors", "modelopt", "gguf")
 
 
 def add_commands(commands: Any) -> None:
@@ -19,7 +19,9 @@ def add_commands(commands: Any) -> None:
     export.add_argument("-o", "--output", type=Path, required=True, help="new directory")
     export.add_argument("--format", choices=FORMATS, default=FORMATS[0])
     export.add_argument(
-        "--calib", type=Path, help="text for the scales of inputs; default: a shipped text"
+        "--calib",
+        type=Path,
+        help="text for the scales of inputs, which gguf does not have; default: a shipped text",
     )
     export.add_argument("--calib-tokens", type=at_least(2), default=16_384, metavar="N")
     add_trust(export)
@@ -62,6 +64,7 @@ def _ranks(text: str) -> tuple[int, ...]:
 
 def _export(args: argparse.Namespace) -> None:
     from arc_ao.calibration.data import text_batches
+    from arc_ao.checkpoints import gguf
     from arc_ao.checkpoints.export import export_checkpoint
     from arc_ao.eval.perplexity import read_text
     from arc_ao.integrations.huggingface import load_model
@@ -70,9 +73,11 @@ def _export(args: argparse.Namespace) -> None:
 
     check_output(args.output)
     model, tokenizer = load_model(args.model, trust_remote_code=args.trust_remote_code)
-    text = read_text(args.calib or MIXED_TEXT)
-    window = calibration_window(model)
-    batches = text_batches(tokenizer, text, window=window, max_tokens=args.calib_tokens)
+    batches = None
+    if args.format != gguf.METHOD:
+        text = read_text(args.calib or MIXED_TEXT)
+        window = calibration_window(model)
+        batches = text_batches(tokenizer, text, window=window, max_tokens=args.calib_tokens)
     export_checkpoint(
         model, args.output, args.format, tokenizer=tokenizer, calibration_data=batches
     )

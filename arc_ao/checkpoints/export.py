@@ -1,7 +1,8 @@
 """Write a quantized model as a checkpoint that engines without arc_ao load.
 
 The base of every linear is an ordinary NVFP4 layer. Residual columns and exact scales go to the
-side file, from which `import_checkpoint` makes the same model again, bit for bit.
+side file, from which `import_checkpoint` makes the same model again, bit for bit. GGUF, one file of
+another kind, has the base alone.
 """
 
 import json
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from arc_ao.calibration.data import to_batches
-from arc_ao.checkpoints import compressed_tensors, modelopt, side_file
+from arc_ao.checkpoints import compressed_tensors, gguf, modelopt, side_file
 from arc_ao.checkpoints.input_scales import HEADROOM, measure_input_scales
 from arc_ao.checkpoints.layer import (
     NVFP4Layer,
@@ -29,8 +30,8 @@ from arc_ao.progress import Progress
 from arc_ao.summary import arc_tensors
 from arc_ao.tensor import ARCTensor
 
-Format = Literal["compressed-tensors", "modelopt"]
-FORMATS: dict[str, Any] = {compressed_tensors.METHOD: compressed_tensors, modelopt.METHOD: modelopt}
+Format = Literal["compressed-tensors", "modelopt", "gguf"]
+FORMATS: dict[str, Any] = {form.METHOD: form for form in (compressed_tensors, modelopt, gguf)}
 
 
 def export_checkpoint(
@@ -49,21 +50,24 @@ def export_checkpoint(
 
     Args:
         format: "compressed-tensors" (vLLM, SGLang, transformers) or "modelopt" (TensorRT-LLM,
-            vLLM, SGLang).
-        tokenizer: saved beside the model.
+            vLLM, SGLang), of safetensors; or "gguf" (llama.cpp), the base alone in `model.gguf`.
+        tokenizer: saved beside the model; in GGUF, part of the file.
         calibration_data: as `quantize_` takes it, for the static scales of inputs; not needed with
-            activation_scale="static", whose scales are written as they are, or activation="bf16".
+            activation_scale="static", whose scales are written as they are, activation="bf16", or
+            GGUF, which has no such scales.
         max_length: strings are cut after this many tokens.
         headroom: what inputs may exceed the calibration data's largest magnitude by.
-        max_shard_size: of a file of weights, such as "5GB".
+        max_shard_size: of a file of weights, such as "5GB"; GGUF has one file.
 
     Returns:
         The directory, which is complete or absent.
 
     Raises:
         FileExistsError: `directory` exists and is not empty. TypeError: not a transformers model.
+        ImportError: GGUF without the package gguf.
         ValueError: an unknown format, a model without quantized linears, layers that other engines
-            cannot hold or run as one, or missing calibration data, naming the layers.
+            cannot hold or run as one, or missing calibration data, naming the layers; in GGUF, an
+            architecture or a tokenizer that llama.cpp does not have.
     """
     if format not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
@@ -71,6 +75,8 @@ def export_checkpoint(
         raise ValueError(f"headroom: expected at least 1, got {headroom}")
     refuse_taken(directory)
     tensors = _checked_tensors(model)
+    if format == gguf.METHOD:
+        return gguf.export(model, directory, tokenizer)
     scales = _input_scales(
         model, tensors, calibration_data, tokenizer, max_length, headroom, progress
     )

@@ -67,12 +67,13 @@ def load_gguf(path: Path, dtype: Any = "auto") -> tuple[PreTrainedModel, Any]:
 
     Raises:
         ImportError: the packages that read GGUF are missing.
-        ValueError: a damaged or split file, an architecture that transformers does not convert,
-            or one that leaves parameters without a tensor of the file.
+        ValueError: a damaged or split file, one in NVFP4, an architecture that transformers does
+            not convert, or one that leaves parameters without a tensor of the file.
     """
     _require_packages(path)
     dtype = torch.bfloat16 if dtype == "auto" else dtype
     reader = _read(path)
+    _refuse_nvfp4(reader, path)
     architecture, origin = _text(reader, "general.architecture"), describe_source(reader)
     with tempfile.TemporaryDirectory() as folder:
         # Alone in a folder, so that no other model's files beside it are taken for its own.
@@ -130,6 +131,15 @@ def _read(path: Path) -> Any:
             "with llama.cpp's gguf-split first"
         )
     return reader
+
+
+def _refuse_nvfp4(reader: Any, path: Path) -> None:
+    """Transformers' loader leaves out the scales of tensors, or does not know the type."""
+    if any(tensor.tensor_type.name == "NVFP4" for tensor in reader.tensors):
+        raise ValueError(
+            f"{path}: expected types that transformers converts, found NVFP4; take the model's "
+            "Hugging Face directory instead"
+        )
 
 
 def _text(reader: Any, key: str) -> str:
