@@ -9,9 +9,9 @@ from tiny_gguf import SPECIAL, conversation, random_ids, write_tiny_gguf
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from arc_ao.checkpoints.gguf_rope import llama3_divisors
 from arc_ao.cli import main
 from arc_ao.integrations import gguf as gguf_module
-from arc_ao.integrations.gguf_rope import llama3_divisors
 from arc_ao.integrations.huggingface import load_model
 
 TEXT = "It is a truth universally acknowledged that the test wants the text. " * 40

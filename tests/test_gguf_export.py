@@ -21,10 +21,10 @@ from transformers import (
 )
 
 from arc_ao import ARCConfig, NVFP4Config, export_checkpoint, quantize_
+from arc_ao.checkpoints.gguf_rope import LLAMA3
 from arc_ao.checkpoints.layer import split
 from arc_ao.cli import main
 from arc_ao.formats import nvfp4
-from arc_ao.integrations.gguf_rope import LLAMA3
 from arc_ao.integrations.huggingface import load_model
 from arc_ao.shipped import MODEL
 from arc_ao.summary import arc_tensors

@@ -7,7 +7,7 @@ import gguf
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from arc_ao.integrations.gguf_rope import LLAMA3, llama3_divisors
+from arc_ao.checkpoints.gguf_rope import LLAMA3, llama3_divisors
 
 ROPE_FREQS = "rope_freqs.weight"  # a divisor for each frequency
 ROPE_KEYS = {"rope_type", "rope_theta"}

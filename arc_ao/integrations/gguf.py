@@ -19,7 +19,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from arc_ao.integrations.gguf_rope import restore_rope_scaling
+from arc_ao.checkpoints.gguf_rope import restore_rope_scaling
 from arc_ao.summary import SOURCE
 
 MAGIC = b"GGUF"
