@@ -33,7 +33,7 @@ from benchmarks.peers import environments, run
 from benchmarks.peers.check_exports import MODELS, negative_log_likelihood
 
 PEER = "llama_cpp"
-RUNNER = Path(__file__).resolve().parent / "score_gguf.py"
+RUNNER = Path(__file__).resolve().parent / "with_exported_gguf.py"
 LIMIT = 0.01  # of the perplexity
 WINDOW = 256
 TEXT_CHARACTERS = 2000  # for the tokenizers

@@ -1,6 +1,6 @@
 """A GGUF file in llama.cpp, in its own environment: next-token loss of windows of tokens.
 
-    score_gguf.py FILE --ids IDS.npy --text TEXT --result RESULT.json
+    with_exported_gguf.py FILE --ids IDS.npy --text TEXT --result RESULT.json
 
 IDS are int32 [B, T]; the loss, in nats a token and in fp64, is the mean over the tokens that have
 one before them in their window. TEXT is cut into tokens by the file's own tokenizer.
