@@ -117,8 +117,7 @@ class Subject:
             console.print(f"[bold]{name}[/bold]")
             quantized = copy.deepcopy(self.model)
             start = time.perf_counter()
-            data = None if config.recipe == "plain" else batches  # nothing of it is measured
-            summary = quantize_(quantized, config, calibration_data=data)
+            summary = quantize_(quantized, config, calibration_data=batches)
             seconds = time.perf_counter() - start
             console.print(f"  {summary}", soft_wrap=True)
             _print_trials(summary.trials[0], console)
