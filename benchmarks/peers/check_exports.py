@@ -37,6 +37,7 @@ ENVIRONMENTS = (PEER, "llmcompressor")  # the second has older releases of the s
 # so that some get another code; only a gross error would show.
 LIMITS = {"w4a4.bfloat16": 5e-2, "w4a4.float32": 1e-3}
 ONE_ULP = 2.0**-23
+WINDOW = 256
 
 
 def check(model_directory: Path, work: Path, python: Path, tokens: int = 1024) -> dict[str, Any]:
@@ -51,15 +52,11 @@ def check(model_directory: Path, work: Path, python: Path, tokens: int = 1024) -
     Raises:
         RuntimeError: the peer's process failed.
     """
-    model, tokenizer = load_model(model_directory)
-    calibration = text_batches(tokenizer, MIXED_TEXT.read_text(), max_tokens=4096)
-    config = ARCConfig(recipe="balanced", exportable=True)
-    quantize_(model, config, calibration_data=calibration, progress=False)
+    model, tokenizer, calibration = exportable(model_directory)
     folders = {form: work / form for form in ("compressed-tensors", "modelopt")}
     for form, folder in folders.items():
         export_checkpoint(model, folder, form, calibration_data=calibration, progress=False)
-    windows = text_batches(tokenizer, HELDOUT_TEXT.read_text(), window=256, max_tokens=tokens)
-    ids = torch.cat(windows)
+    ids = heldout_ids(tokenizer, tokens)
     files = {name: work / name for name in ("ids", "outputs", "converted", "info")}
     save_file({"ids": ids}, files["ids"])
     command = [str(python), str(run.runner(PEER))]
@@ -73,6 +70,21 @@ def check(model_directory: Path, work: Path, python: Path, tokens: int = 1024) -
     compare_logits(folders["compressed-tensors"], ids, load_file(files["outputs"]), figures)
     compare_tensors(folders["compressed-tensors"], files["converted"], figures)
     return figures
+
+
+def exportable(model_directory: Path) -> tuple[nn.Module, Any, list[Tensor]]:
+    """A model quantized with residual blocks, its tokenizer, and its calibration batches."""
+    model, tokenizer = load_model(model_directory)
+    calibration = text_batches(tokenizer, MIXED_TEXT.read_text(), max_tokens=4096)
+    config = ARCConfig(recipe="balanced", exportable=True)
+    quantize_(model, config, calibration_data=calibration, progress=False)
+    return model, tokenizer, calibration
+
+
+def heldout_ids(tokenizer: Any, tokens: int) -> Tensor:
+    """Windows [B, WINDOW] of the shipped held-out text."""
+    text = HELDOUT_TEXT.read_text()
+    return torch.cat(text_batches(tokenizer, text, window=WINDOW, max_tokens=tokens))
 
 
 def compare_logits(

@@ -21,21 +21,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from arc_ao import ARCConfig, export_checkpoint, quantize_
-from arc_ao.calibration.data import text_batches
+from arc_ao import export_checkpoint
 from arc_ao.checkpoints.gguf import FILE
 from arc_ao.checkpoints.layer import split
 from arc_ao.formats import nvfp4
-from arc_ao.integrations.huggingface import load_model
-from arc_ao.shipped import HELDOUT_TEXT, MIXED_TEXT
+from arc_ao.shipped import HELDOUT_TEXT
 from arc_ao.summary import arc_tensors
 from benchmarks.peers import environments, run
-from benchmarks.peers.check_exports import MODELS, negative_log_likelihood
+from benchmarks.peers.check_exports import (
+    MODELS,
+    exportable,
+    heldout_ids,
+    negative_log_likelihood,
+)
 
 PEER = "llama_cpp"
 RUNNER = Path(__file__).resolve().parent / "with_exported_gguf.py"
 LIMIT = 0.01  # of the perplexity
-WINDOW = 256
 TEXT_CHARACTERS = 2000  # for the tokenizers
 
 
@@ -51,14 +53,10 @@ def check(model_directory: Path, work: Path, python: Path, tokens: int = 2048) -
     Raises:
         RuntimeError: the peer's process failed.
     """
-    model, tokenizer = load_model(model_directory)
-    calibration = text_batches(tokenizer, MIXED_TEXT.read_text(), max_tokens=4096)
-    config = ARCConfig(recipe="balanced", exportable=True)
-    quantize_(model, config, calibration_data=calibration, progress=False)
+    model, tokenizer, _ = exportable(model_directory)
     path = export_checkpoint(model, work / "gguf", "gguf", tokenizer=tokenizer) / FILE
-    heldout = HELDOUT_TEXT.read_text()
-    ids = torch.cat(text_batches(tokenizer, heldout, window=WINDOW, max_tokens=tokens))
-    text = heldout[:TEXT_CHARACTERS]
+    ids = heldout_ids(tokenizer, tokens)
+    text = HELDOUT_TEXT.read_text()[:TEXT_CHARACTERS]
     theirs = score(path, ids, text, work, python)
     figures = {"model": model_directory.name, "failed": [], "versions": theirs["versions"]}
     figures["tensors"] = theirs["tensors"]
